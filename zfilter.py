@@ -1,0 +1,95 @@
+"""Normalize observations by the mean and standard deviation of everything seen so far.
+
+`RunningStat` counts, `ZFilter` normalizes: z = (x - mean) / std. Unlike batch norm it has one set of
+statistics for acting, learning and evaluation, and each observation enters them once.
+
+Source: the z-filter of modular_rl (Schulman 2016), which the source article uses; the update is
+Welford's (1962), merged batch by batch as in Chan, Golub and LeVeque (1979).
+"""
+
+import numpy as np
+
+
+class RunningStat:
+    """Count, mean and variance of all samples pushed, in float64, without storing them.
+
+    shape: shape of one sample. Units are those of the samples.
+    """
+
+    def __init__(self, shape):
+        self.count = 0
+        self.mean = np.zeros(shape)
+        self.m2 = np.zeros(shape)  # sum of squared distances from the mean
+
+    def push(self, x):
+        """Learn from one sample, (*shape), or a batch, (n, *shape); n = 1 is Welford's update."""
+        batch = np.asarray(x, np.float64).reshape(-1, *self.mean.shape)
+        n, batch_mean = len(batch), batch.mean(0)
+        delta, total = batch_mean - self.mean, self.count + n
+        self.mean = self.mean + delta * (n / total)
+        self.m2 = self.m2 + ((batch - batch_mean) ** 2).sum(0) + delta**2 * (self.count * n / total)
+        self.count = total
+
+    @property
+    def var(self):
+        """Unbiased variance, (*shape); 1 until a second sample tells the scale."""
+        return self.m2 / (self.count - 1) if self.count > 1 else np.ones_like(self.mean)
+
+    @property
+    def std(self):
+        """Standard deviation, (*shape)."""
+        return np.sqrt(self.var)
+
+    def state_dict(self):
+        """Everything that is learnt, as arrays."""
+        return {key: np.asarray(getattr(self, key)) for key in ("count", "mean", "m2")}
+
+    def load_state_dict(self, state):
+        """Restore `state_dict()`. Raises ValueError for other shapes and impossible numbers."""
+        count, mean, m2 = (np.array(state[key], np.float64) for key in ("count", "mean", "m2"))
+        if mean.shape != self.mean.shape or m2.shape != mean.shape or count.shape != ():
+            raise ValueError(f"statistics have shape {mean.shape}, not {self.mean.shape}")
+        if not (np.isfinite([mean, m2]).all() and (m2 >= 0).all() and 0 <= count < np.inf):
+            raise ValueError("statistics are not finite, or a variance or the count is negative")
+        self.count, self.mean, self.m2 = int(count), mean, m2
+
+    def save(self, file):
+        """Write count, mean, m2 and (for people) std to an .npz: a path or an open binary file."""
+        np.savez(file, **self.state_dict(), std=self.std)
+
+    def load(self, file):
+        """Read what `save` wrote, without pickle. OSError, KeyError, ValueError: no such file."""
+        with np.load(file, allow_pickle=False) as state:
+            self.load_state_dict(state)
+
+
+class ZFilter:
+    """Callable that returns z = clip((x - mean) / (std + 1e-8), -clip, clip).
+
+    shape: shape of one sample. demean, destd: switch off one half of the formula.
+    clip: bound on |z|, in standard deviations; None for no bound.
+    """
+
+    def __init__(self, shape, demean=True, destd=True, clip=10.0):
+        self.stat = RunningStat(shape)
+        self.demean, self.destd, self.clip = demean, destd, clip
+
+    def __call__(self, x, update=True):
+        """Return one sample or a batch x normalized, same shape; update=True learns from it first."""
+        if update:
+            self.stat.push(x)
+        if self.demean:
+            x = x - self.stat.mean
+        if self.destd:
+            x = x / (self.stat.std + 1e-8)
+        if self.clip is not None:
+            x = np.clip(x, -self.clip, self.clip)
+        return x
+
+    def save(self, file):
+        """Write the statistics; the switches are the caller's."""
+        self.stat.save(file)
+
+    def load(self, file):
+        """Read the statistics; errors as in `RunningStat.load`."""
+        self.stat.load(file)
