@@ -1,7 +1,7 @@
 """Normalize observations by the mean and standard deviation of everything seen so far.
 
-`RunningStat` counts, `ZFilter` normalizes: z = (x - mean) / std. Unlike batch norm it has one set of
-statistics for acting, learning and evaluation, and each observation enters them once.
+`RunningStat` counts, `ZFilter` normalizes: z = (x - mean) / std. Unlike batch norm it has one set
+of statistics for acting, learning and evaluation, and each observation enters them once.
 
 Source: the z-filter of modular_rl (Schulman 2016), which the source article uses; the update is
 Welford's (1962), merged batch by batch as in Chan, Golub and LeVeque (1979).
@@ -75,7 +75,7 @@ class ZFilter:
         self.demean, self.destd, self.clip = demean, destd, clip
 
     def __call__(self, x, update=True):
-        """Return one sample or a batch x normalized, same shape; update=True learns from it first."""
+        """Return one sample or a batch normalized, same shape; update=True learns from it first."""
         if update:
             self.stat.push(x)
         if self.demean:
