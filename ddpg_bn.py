@@ -1,12 +1,12 @@
 """DDPG in one file (Lillicrap et al. 2016, Continuous control with deep reinforcement learning).
 
-Run:   python ddpg_bn.py --env Ant-v4
-       python ddpg_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: the main job, see it fail
-       python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: repair
-       python ddpg_bn.py --norm batchnorm --norm-position input pre --action-layer 1  # NORM flag:
-       is the paper's placement: the state and every layer before the action  # NORM flag: Sec. 3
-       python ddpg_bn.py --resume runs/Ant-v4/ddpg_bn/RUN
-Read:  the lines marked NORM first; without them this file is plain DDPG  # NORM flag: see README.md
+Run:
+  python ddpg_bn.py --env Ant-v4
+  python ddpg_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: the main job, watch it fail
+  python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: one line on
+  the paper's placement, the state and all layers before the action (Sec. 3):  # NORM flag: so
+  python ddpg_bn.py --norm batchnorm --norm-position input pre --action-layer 1  # NORM flag: so
+  python ddpg_bn.py --resume runs/Ant-v4/ddpg_bn/RUN
 
 Implementation details, sections and equations of the paper (arXiv 1509.02971) unless said:
   (1) Replay of raw transitions, sampled uniformly (Sec. 3).
@@ -671,17 +671,19 @@ def train(args):
 
     bar = tqdm(total=args.total_steps, initial=step, unit="step", smoothing=0.01, disable=None)
     start_time, start_step, save_step = time.time(), step, step + args.save_every
-    obs, _ = env.reset()
-    agent.obs_stat.push(obs)  # NORM obs: each observation of training counts once
+    obs = None  # an episode is to begin
     while step < args.total_steps and not diverged:
         # act
+        if obs is None:
+            obs, _ = env.reset()
+            agent.obs_stat.push(obs)  # NORM obs: each observation of training counts once
         if step < args.learning_starts:
             action = env.action_space.sample()
         else:
             action = explore(agent, obs, env.action_space, rng, args)
         # step
         next_obs, reward, terminated, truncated, info = env.step(action)
-        agent.obs_stat.push(next_obs)  # NORM obs: those of evaluation and replay never count
+        agent.obs_stat.push(next_obs)  # NORM obs: those of evaluation and of the replay never do
         step += 1
         bar.update()
         # store
@@ -710,8 +712,7 @@ def train(args):
             if step >= save_step and not diverged:
                 save_run(run_dir, agent, buffer, generators, (step, updates, evaluations))
                 save_step = step + args.save_every
-            obs, _ = env.reset()
-            agent.obs_stat.push(obs)  # NORM obs: the first of an episode counts too
+            obs = None
     if diverged:
         print(f"diverged at step {step}: the critic's loss is not finite", file=sys.stderr)
     else:

@@ -46,7 +46,7 @@ class RunningStat:
 
     def load_state_dict(self, state):
         """Restore `state_dict()`. Raises ValueError for other shapes and impossible numbers."""
-        count, mean, m2 = (np.array(state[key], np.float64) for key in ("count", "mean", "m2"))
+        count, mean, m2 = (np.asarray(state[key], np.float64) for key in ("count", "mean", "m2"))
         if mean.shape != self.mean.shape or m2.shape != mean.shape or count.shape != ():
             raise ValueError(f"statistics have shape {mean.shape}, not {self.mean.shape}")
         if not (np.isfinite([mean, m2]).all() and (m2 >= 0).all() and 0 <= count < np.inf):

@@ -1,0 +1,78 @@
+"""What the tests share: small runs, and a toy environment whose every number is known."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+
+class Countdown(gym.Env):
+    """Observes (t, episode), pays 1 + t, and ends by itself in every second episode at t = 5.
+
+    Registered with a time limit of 8 steps; the bounds of the action are (-1, 3).
+    """
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gym.spaces.Box(np.float32([-1.0]), np.float32([3.0]))
+    episode = 0
+    reward_scale = 1.0
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.episode = 0, self.episode + 1
+        return self.observe(), {}
+
+    def observe(self):
+        return np.array([self.t, self.episode], np.float64)
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.t += 1
+        dies = self.t == 5 and self.episode % 2 == 0
+        return self.observe(), self.reward_scale * (1.0 + self.t), dies, False, {}
+
+
+class HugeReward(Countdown):
+    reward_scale = 1e30
+
+
+gym.register("Countdown-v0", Countdown, max_episode_steps=8)
+gym.register("HugeReward-v0", HugeReward, max_episode_steps=8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # the networks are tiny, and bits must not depend on the machine
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Return a function that makes the Args of a run which takes seconds."""
+    runs = iter(range(1000))
+
+    def make(script, **options):
+        tiny = {
+            "env": "Pendulum-v1",
+            "total_steps": 400,
+            "learning_starts": 100,
+            "batch_size": 32,
+            "hidden_sizes": (16, 16),
+            "eval_every": 0,
+            "eval_episodes": 1,
+            "buffer_size": 1000,
+            "run_dir": str(tmp_path / f"run{next(runs)}"),
+        }
+        return script.Args(**tiny | options)
+
+    return make
+
+
+def same(a, b):
+    """Whether two nested states are equal to the bit."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

@@ -1,0 +1,239 @@
+"""The scripts as programs: mistakes, kills, copies of a stripped file."""
+
+import json
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import same
+
+import ddpg_bn
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["ddpg_bn"]
+TINY = "--env Pendulum-v1 --learning-starts 100 --batch-size 32 --hidden-sizes 16 16"
+TINY += " --eval-every 300 --eval-episodes 1 --device cpu"
+
+
+def run(script, options, cwd, wait=True):
+    """Start a script as a user would, in another folder."""
+    process = subprocess.Popen(
+        [sys.executable, script, *options.split()],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def checkpoint(run_dir):
+    return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)
+
+
+# ------------------------------------------------------------------------------ Mistakes
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"norm": "zfilter", "norm_position": ("pre",)}, ["--norm-position", "zfilter"]),
+        ({"norm_position": ("pre",)}, ["--norm-position", "--norm"]),
+        ({"norm": "fixed"}, ["--norm fixed", "--norm-stats"]),
+        ({"norm_stats": "x.npz"}, ["--norm fixed", "--norm-stats"]),
+        ({"norm": "fixed", "norm_stats": "no/such.npz"}, ["--norm-stats", "no/such.npz"]),
+        ({"norm": "fixed", "norm_stats": __file__}, ["--norm-stats", "no statistics"]),
+        ({"bn_joint": True}, ["--bn-joint", "batchnorm"]),
+        ({"norm": "layernorm", "bn_policy_critic": "eval"}, ["--bn-policy-critic", "batchnorm"]),
+        ({"norm": "layernorm", "bn_momentum": 0.01}, ["--bn-momentum", "batchnorm"]),
+        ({"norm": "batchnorm", "bn_warmup": 5}, ["--bn-warmup", "batchrenorm"]),
+        ({"norm": "batchnorm", "norm_net": "actor", "bn_joint": True}, ["--norm-net actor"]),
+        ({"norm": "zfilter", "norm_net": "actor"}, ["--norm-net"]),
+        (
+            {"norm": "batchnorm", "bn_target": "train", "target_network": False},
+            ["--bn-target", "--no-target-network"],
+        ),
+        ({"norm": "batchnorm", "batch_size": 1}, ["--batch-size"]),
+        ({"env": "Nope-v9"}, ["--env Nope-v9"]),
+        ({"env": "CartPole-v1"}, ["--env CartPole-v1", "continuous"]),
+        ({"env": "FrozenLake-v1"}, ["--env FrozenLake-v1", "vector"]),
+        ({"resume": "no/such/run"}, ["--resume no/such/run"]),
+        ({"hidden_sizes": (16,), "action_layer": 1}, ["--action-layer 1", "--hidden-sizes"]),
+    ],
+    ids=str,
+)
+def test_a_mistake_gets_one_line_and_leaves_nothing(
+    script, options, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    module = sys.modules[script]
+    options = {"env": "Pendulum-v1"} | options
+    with pytest.raises(SystemExit) as end:
+        module.train(module.Args(**options))
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert captured.out == "" and len(lines) == 1, lines
+    assert all(word in lines[0] for word in words), lines
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_mistake_on_the_command_line_has_no_traceback(script, tmp_path):
+    code, out, err = run(ROOT / f"{script}.py", "--norm zfilter --norm-position pre", tmp_path)
+    assert (code, out) == (2, "") and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    assert err.startswith(f"{script}.py: --norm-position")
+
+
+def test_a_run_dir_is_never_overwritten(small, capsys):
+    args = small(ddpg_bn, total_steps=120)
+    ddpg_bn.train(args)
+    with pytest.raises(SystemExit):
+        ddpg_bn.train(args)
+    assert "exists" in capsys.readouterr().err
+
+
+def test_runs_of_the_same_second_do_not_collide(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
+    args = small(ddpg_bn, run_dir="", norm="batchnorm", norm_position=("input", "pre"))
+    names = [ddpg_bn.make_run_dir(args) for _ in range(3)]
+    assert len(set(names)) == 3 and all(name.is_dir() for name in names)
+    name = "batchnorm-norm_position=input+pre-seed1-20260101-000000"
+    assert names[0] == Path("runs/Pendulum-v1/ddpg_bn") / name
+
+
+# ---------------------------------------------------------------------- Kill, resume, go on
+
+
+@pytest.mark.parametrize("norm", ["none", "batchrenorm --bn-warmup 60", "zfilter"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_and_resumed_equals_never_killed(script, norm, tmp_path):
+    options = f"{TINY} --norm {norm} --total-steps 1500 --save-every 200"
+    path = ROOT / f"{script}.py"
+    code, _, err = run(path, f"{options} --run-dir whole", tmp_path)
+    assert code == 0, err
+    process = run(path, f"{options} --run-dir killed", tmp_path, wait=False)
+    while not (tmp_path / "killed/checkpoint.pt").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/result.json").exists()
+    code, _, err = run(path, "--resume killed", tmp_path)
+    assert code == 0, err
+    assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed"))
+    results = [json.loads((tmp_path / d / "result.json").read_text()) for d in ("whole", "killed")]
+    assert results[0]["eval"] == results[1]["eval"] and len(results[0]["eval"]) == 5
+    assert results[0]["updates"] == results[1]["updates"] == 1400
+
+
+def test_resume_extends_and_evaluates_again(small, capsys):
+    short = small(ddpg_bn, total_steps=600, norm="batchnorm", eval_every=200)
+    first = ddpg_bn.train(short)
+    again = small(ddpg_bn, total_steps=600, norm="batchnorm", eval_every=200)
+    again.run_dir, again.resume = short.run_dir, short.run_dir
+    assert ddpg_bn.train(again)["eval"] == first["eval"]  # saved, loaded, evaluated: to the bit
+    again.total_steps = 800  # Pendulum's episodes end at 600 too
+    extended = ddpg_bn.train(again)
+    whole = small(ddpg_bn, total_steps=800, norm="batchnorm", eval_every=200)
+    assert ddpg_bn.train(whole)["eval"] == extended["eval"]
+    a, b = checkpoint(short.run_dir), checkpoint(whole.run_dir)
+    assert same(a["critic"], b["critic"]) and same(a["actor_optimizer"], b["actor_optimizer"])
+    again.critic_lr = 0.5
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        ddpg_bn.train(again)
+    assert "--critic-lr cannot change" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_code_is_not_executed(small):
+    args = small(ddpg_bn, total_steps=120)
+    ddpg_bn.train(args)
+    torch.save({"actor": Path("x")}, Path(args.run_dir) / "checkpoint.pt")  # any class is refused
+    args.resume = args.run_dir
+    with pytest.raises(pickle.UnpicklingError):
+        ddpg_bn.train(args)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    ddpg_bn.write(path, lambda file: file.write(b"old"))
+
+    def fails(file):
+        file.write(b"half of the n")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError):
+        ddpg_bn.write(path, fails)
+    assert path.read_bytes() == b"old"
+
+
+# --------------------------------------------------------------------- The strip property
+
+
+def strip(text):
+    """Do what the sed line of the README does."""
+    command = ["sed", "/# NORM begin/,/# NORM end/d; /# NORM/d"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+
+
+TRACES = r"norm(?!\w*\()|NORM|BatchNorm|LayerNorm|Renorm|zfilter|ZFilter|RunningStat|obs_filter"
+TRACES += r"|obs_stat|running_|\.eval\(\)|\.train\(|\.buffers\(\)|\bbn_|statistic"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_stripped_script_is_plain_and_complete(script, tmp_path):
+    path = tmp_path / f"{script.removesuffix('_bn')}.py"
+    path.write_text(strip((ROOT / f"{script}.py").read_text()))
+    plain = path.read_text().replace("max_grad_norm", "").replace("clip_grad_norm_", "")
+    assert not re.findall(rf".*(?:{TRACES}).*", plain)
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--line-length", "100"]
+    ruff = subprocess.run([*ruff, "--select", "E,F,W,B,UP,SIM,RUF", path], capture_output=True)
+    assert ruff.returncode == 0, ruff.stdout
+    options = f"{TINY} --total-steps 700 --run-dir"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    path = path.rename(empty / path.name)
+    code, _, err = run(path, f"{options} {tmp_path}/plain", empty)
+    assert code == 0, err
+    code, _, err = run(ROOT / f"{script}.py", f"{options} {tmp_path}/none --norm none", tmp_path)
+    assert code == 0, err
+    a, b = checkpoint(tmp_path / "plain"), checkpoint(tmp_path / "none")
+    assert b.keys() - a.keys() == {"obs_stat", "obs_filter"}
+    assert same(a, {key: b[key] for key in a})
+    results = [json.loads((tmp_path / d / "result.json").read_text()) for d in ("plain", "none")]
+    assert results[0]["eval"] == results[1]["eval"] and results[0]["updates"] == 600
+
+
+KINDS = "flag", "obs", "layer", "mode", "batch", "target", "report", "save"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_markers_have_the_agreed_form(script):
+    for number, line in enumerate((ROOT / f"{script}.py").read_text().splitlines(), 1):
+        if "NORM" in line and line.strip() != "# NORM end":
+            match = re.search(r"# NORM (begin: )?(\w+): \S+", line)
+            assert match and match[2] in KINDS, (number, line)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_table_of_markers_in_the_readme_is_true(script):
+    text = (ROOT / f"{script}.py").read_text()
+    readme = (ROOT / "README.md").read_text()
+    for kind in KINDS:
+        count = len(re.findall(rf"# NORM (?:begin: )?{kind}: ", text))
+        header = next(x for x in readme.splitlines() if x.startswith("| marker |"))
+        column = [cell.strip(" `") for cell in header.split("|")].index(f"{script}.py")
+        row = next(x for x in readme.splitlines() if x.startswith(f"| `{kind}` |"))
+        assert int(row.split("|")[column]) == count, (kind, count)

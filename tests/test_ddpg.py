@@ -1,0 +1,621 @@
+"""ddpg_bn.py: each trap that it could fall into, against something worked out independently."""
+
+import copy
+import json
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import same
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ddpg_bn
+from ddpg_bn import Args, Batch, ReplayBuffer
+
+BATCH_NORMS = ["batchnorm", "batchrenorm"]
+
+
+def make_agent(n=64, **options):
+    """Return a Pendulum agent, a batch of n random transitions, and the options."""
+    args = Args(env="Pendulum-v1", hidden_sizes=(16, 16), **options)
+    torch.manual_seed(0)
+    agent = ddpg_bn.make_agent(gym.make(args.env), args, "cpu")
+    g = torch.Generator().manual_seed(1)
+    obs, next_obs = torch.randn(n, 3, generator=g), torch.randn(n, 3, generator=g) + 0.5
+    action = torch.rand(n, 1, generator=g) * 4 - 2
+    reward, terminated = torch.randn(n, generator=g), (torch.rand(n, generator=g) < 0.3).float()
+    return agent, Batch(obs, action, reward, next_obs, terminated), args
+
+
+def fit_critic(agent, batch, steps=300):
+    """Teach the live critic a smooth function of s and a, so that its gradients mean something."""
+    optimizer = torch.optim.Adam(agent.critic.parameters(), 1e-2)
+    goal = 10 * torch.sin(batch.obs.sum(1)) - 3 * (batch.action[:, 0] - 1) ** 2
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.mse_loss(agent.critic.train()(batch.obs, batch.action), goal).backward()
+        optimizer.step()
+
+
+def grad_norm(loss, net):
+    grads = torch.autograd.grad(loss, list(net.parameters()))
+    return torch.cat([g.flatten() for g in grads]).norm().item()
+
+
+def scalars(run_dir, tag):
+    events = EventAccumulator(run_dir)
+    events.Reload()
+    return [(e.step, e.value) for e in events.Scalars(tag)]
+
+
+def tags(run_dir):
+    events = EventAccumulator(run_dir)
+    events.Reload()
+    return set(events.Tags()["scalars"])
+
+
+def checkpoint(run_dir):
+    return torch.load(f"{run_dir}/checkpoint.pt", weights_only=True)
+
+
+# ---------------------------------------------------------------------- The algorithm, by hand
+
+
+def test_critic_loss_by_hand():
+    agent, batch, args = make_agent(gamma=0.9)
+    with torch.no_grad():  # targets that differ from the live networks
+        for net in (agent.actor_target, agent.critic_target):
+            for p in net.parameters():
+                p += 0.1 * torch.randn_like(p)
+
+    def forward(net, x):
+        layers = [m for m in net if isinstance(m, nn.Linear)]
+        for k, layer in enumerate(layers):
+            x = x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
+            x = np.maximum(x, 0) if k < len(layers) - 1 else x
+        return x
+
+    obs, action, reward, next_obs, terminated = (x.numpy() for x in batch)
+    a = 2 * np.tanh(forward(agent.actor_target.net, next_obs))  # Pendulum's bounds are -2 and 2
+    q_next = forward(agent.critic_target.net, np.concatenate([next_obs, a], 1))[:, 0]
+    q = forward(agent.critic.net, np.concatenate([obs, action], 1))[:, 0]
+    y = reward + 0.9 * np.where(terminated == 1, 0, q_next)
+    loss, q_ours = ddpg_bn.critic_loss(agent, batch, args)
+    np.testing.assert_allclose(q_ours.detach(), q, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loss.item(), ((q - y) ** 2).mean(), rtol=1e-5)
+
+    a = 2 * np.tanh(forward(agent.actor.net, obs))
+    expected = -forward(agent.critic.net, np.concatenate([obs, a], 1)).mean()
+    np.testing.assert_allclose(
+        ddpg_bn.actor_loss(agent, batch, args).item(), expected, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_update_is_adam_then_polyak():
+    agent, batch, args = make_agent(tau=0.3, critic_lr=0.01, actor_lr=0.02)
+    old = copy.deepcopy(agent)
+    ddpg_bn.update(agent, batch, args)
+    for name, lr in (("critic", 0.01), ("actor", 0.02)):
+        live, target = getattr(agent, name), getattr(agent, f"{name}_target")
+        before = dict(getattr(old, name).named_parameters())
+        before_target = dict(getattr(old, f"{name}_target").named_parameters())
+        for (k, p), t in zip(live.named_parameters(), target.parameters(), strict=True):
+            moved = (p - before[k]).abs()  # the first step of Adam is lr, wherever a gradient is
+            assert moved.max() <= 1.001 * lr and moved.max() > 0.9 * lr
+            torch.testing.assert_close(t, 0.7 * before_target[k] + 0.3 * p)
+    assert all(p.requires_grad for p in agent.critic.parameters())
+
+
+def test_actor_update_leaves_the_critic_alone_and_climbs():
+    agent, batch, args = make_agent(actor_lr=1e-3)
+    fit_critic(agent, batch)
+    before = copy.deepcopy(agent.critic.state_dict())
+    losses = []
+    for _ in range(50):
+        loss = ddpg_bn.actor_loss(agent, batch, args)
+        ddpg_bn.gradient_step(agent.actor_optimizer, loss, 0.0)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.01
+    assert same(before, agent.critic.state_dict())
+
+
+def test_gradient_clipping():
+    net = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(net.parameters(), 1.0)
+    before = torch.cat([p.detach().flatten().clone() for p in net.parameters()])
+    ddpg_bn.gradient_step(optimizer, 1000 * net(torch.ones(1, 3)).sum(), 0.5)
+    after = torch.cat([p.detach().flatten() for p in net.parameters()])
+    torch.testing.assert_close((after - before).norm(), torch.tensor(0.5))
+
+
+def test_first_actions_and_values_are_small():
+    agent, batch, _ = make_agent()
+    assert agent.actor(batch.obs).abs().max() < 0.2
+    assert agent.critic(batch.obs, batch.action).abs().max() < 0.2
+
+
+def test_actions_fill_asymmetric_bounds():
+    env = gym.make("Countdown-v0")  # bounds -1 and 3
+    agent = ddpg_bn.make_agent(env, Args(hidden_sizes=(8,)), "cpu")
+    with torch.no_grad():
+        agent.actor.net[-1].bias.fill_(100)
+        np.testing.assert_array_equal(ddpg_bn.act(agent, np.zeros(2)), [3])
+        agent.actor.net[-1].bias.fill_(-100)
+        np.testing.assert_array_equal(ddpg_bn.act(agent, np.zeros(2)), [-1])
+        agent.actor.net[-1].bias.fill_(0)
+        agent.actor.net[-1].weight.fill_(0)
+    rng, args = np.random.default_rng(0), Args(noise=0.25)
+    drawn = [ddpg_bn.explore(agent, np.zeros(2), env.action_space, rng, args) for _ in range(4000)]
+    assert abs(np.mean(drawn) - 1) < 0.03 and abs(np.std(drawn) - 0.25 * 2) < 0.03
+    args.noise = 5.0
+    drawn = [ddpg_bn.explore(agent, np.zeros(2), env.action_space, rng, args) for _ in range(100)]
+    assert min(drawn) == -1 and max(drawn) == 3
+
+
+def test_action_layer_is_the_papers():
+    agent, batch, _ = make_agent(
+        action_layer=1, norm="batchnorm", norm_position=("input", "pre"), n=8
+    )
+    names = [type(m).__name__ for m in agent.critic.obs_net]
+    assert names == ["BatchNorm1d", "Linear", "BatchNorm1d", "ReLU"]  # the state, the first layer
+    assert agent.critic.obs_net[0].num_features == 3
+    assert agent.critic.net[0].in_features == 16 + 1
+    assert not any(isinstance(m, nn.BatchNorm1d) for m in agent.critic.net)
+    kinds = [type(m).__name__ for m in agent.actor.net]
+    assert kinds == ["BatchNorm1d"] + 2 * ["Linear", "BatchNorm1d", "ReLU"] + ["Linear"]
+    assert agent.critic(batch.obs, batch.action).shape == (8,)
+
+
+# ------------------------------------------------------------------------------- Replay buffer
+
+
+def test_buffer_keeps_the_newest_and_samples_uniformly():
+    buffer = ReplayBuffer(5, 2, 1)
+    for k in range(8):
+        buffer.add([k, -k], [k + 0.5], k / 10, [k + 1, 9], k % 2)
+    assert len(buffer) == 5
+    batch = buffer.sample(np.random.default_rng(0), 5000)
+    ks, counts = np.unique(batch.obs[:, 0], return_counts=True)
+    assert list(ks) == [3, 4, 5, 6, 7] and counts.min() > 900
+    k = batch.obs[:, 0]
+    np.testing.assert_array_equal(batch.obs[:, 1], -k)
+    np.testing.assert_array_equal(batch.action[:, 0], k + 0.5)
+    np.testing.assert_array_equal(batch.next_obs[:, 0], k + 1)
+    np.testing.assert_allclose(batch.reward, k / 10, rtol=1e-6)
+    np.testing.assert_array_equal(batch.terminated, k % 2)
+    assert all(x.dtype == np.float32 for x in batch)
+
+
+def test_buffer_state_shares_memory_and_comes_back():
+    a, b = ReplayBuffer(4, 2, 1), ReplayBuffer(4, 2, 1)
+    for k in range(3):
+        a.add([k, k], [k], k, [k, k], 0)
+    state = a.state_dict()
+    assert (
+        state["data"][0].shape == (3, 2) and state["data"][0].data_ptr() == a.data.obs.ctypes.data
+    )
+    b.load_state_dict(state)
+    for buffer in (a, b):
+        buffer.add([7, 7], [7], 7, [7, 7], 1)
+        buffer.add([8, 8], [8], 8, [8, 8], 1)
+    assert all(np.array_equal(x, y) for x, y in zip(a.data, b.data, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["none", "zfilter"])
+def test_training_stores_raw_transitions_and_bootstraps_through_time_outs(small, norm):
+    args = small(ddpg_bn, env="Countdown-v0", norm=norm, total_steps=200)
+    ddpg_bn.train(args)
+    obs, _, reward, next_obs, terminated = checkpoint(args.run_dir)["buffer"]["data"]
+    t, episode, t_next, episode_next = obs[:, 0], obs[:, 1], next_obs[:, 0], next_obs[:, 1]
+    assert torch.equal(t_next, t + 1) and torch.equal(episode_next, episode)  # never the next reset
+    assert torch.equal(reward, 1 + t_next)
+    assert torch.equal(terminated == 1, (t_next == 5) & (episode % 2 == 0))
+    assert (t_next == 8).sum() > 10 and terminated[
+        t_next == 8
+    ].sum() == 0  # time-outs are no deaths
+
+
+# ------------------------------------------------------- Whose statistics: modes, targets, joint
+
+
+def modes(agent, batch, args):
+    """Return [(network, train mode?, rows), ...] of every forward pass of one update."""
+    passes = []
+    for name in ("actor", "critic", "actor_target", "critic_target"):
+        net = getattr(agent, name)
+
+        def hook(net, inputs, name=name):
+            bn = [m for m in net.modules() if isinstance(m, nn.BatchNorm1d)]
+            assert {m.training for m in bn} <= {net.training}
+            passes.append((name, net.training, len(inputs[0])))
+
+        if not any(net is getattr(agent, other) for other in ("actor", "critic") if other != name):
+            net.register_forward_pre_hook(hook)
+    ddpg_bn.update(agent, batch, args)
+    return passes
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, "actor_target eval, critic_target eval, critic train, actor train, critic train"),
+        (
+            {"bn_policy_critic": "eval"},
+            "actor_target eval, critic_target eval, critic train, actor train, critic eval",
+        ),
+        (
+            {"bn_target": "train"},
+            "actor_target train, critic_target train, critic train, actor train, critic train",
+        ),
+        (
+            {"bn_joint": True},
+            "actor_target eval, critic train joint, critic_target eval joint, "
+            "actor train, critic train",
+        ),
+        (
+            {"target_network": False},
+            "actor eval, critic eval, critic train, actor train, critic train",
+        ),
+        (
+            {"target_network": False, "bn_joint": True, "bn_policy_critic": "eval"},
+            "actor eval, critic train joint, actor train, critic eval",
+        ),
+    ],
+)
+@pytest.mark.parametrize("norm", BATCH_NORMS)
+def test_mode_of_every_forward_pass(norm, options, expected):
+    agent, batch, args = make_agent(norm=norm, **options)
+    words = [
+        f"{name} {'train' if training else 'eval'}{' joint' if rows == 128 else ''}"
+        for name, training, rows in modes(agent, batch, args)
+    ]
+    assert ", ".join(words) == expected
+
+
+@pytest.mark.parametrize("norm", BATCH_NORMS)
+def test_acting_is_in_eval_mode_and_moves_nothing(norm):
+    agent, batch, args = make_agent(norm=norm)
+    ddpg_bn.update(agent, batch, args)
+    before = copy.deepcopy(agent.actor.state_dict())
+    one = ddpg_bn.act(agent, batch.obs[3].numpy())
+    assert same(before, agent.actor.state_dict())
+    expected = agent.actor.eval()(batch.obs)[3].detach().numpy()
+    np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", BATCH_NORMS)
+@pytest.mark.parametrize("bn_target", ["eval", "train"])
+def test_targets_get_statistics_by_copy_and_weights_by_polyak(norm, bn_target):
+    agent, batch, args = make_agent(norm=norm, bn_target=bn_target)
+    for _ in range(3):
+        ddpg_bn.update(agent, batch, args)
+    for name in ("actor", "critic"):
+        live = getattr(agent, name)
+        target = getattr(agent, f"{name}_target")
+        assert same(dict(live.named_buffers()), dict(target.named_buffers()))
+        assert live.net[2].num_batches_tracked > 0 and live.net[2].running_mean.abs().max() > 0
+        assert not same(dict(live.named_parameters()), dict(target.named_parameters()))
+
+
+def test_joint_pass_is_one_batch_norm_over_both_halves():
+    agent, batch, args = make_agent(norm="batchnorm", norm_position=("input",), bn_joint=True)
+    next_action = torch.zeros(64, 1)
+    q, q_next = ddpg_bn.q_values(agent, batch, next_action, args)
+    s = torch.cat([batch.obs, batch.next_obs])
+    a = torch.cat([batch.action, next_action])
+    x = torch.cat([s, a], 1)
+    z = (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()
+    net = agent.critic.net
+    expected = net[1:](z)[:, 0]
+    torch.testing.assert_close(q, expected[:64], rtol=1e-4, atol=1e-6)
+    # the running mean starts at 0 and has moved by the momentum to the mean of the mixture
+    torch.testing.assert_close(net[0].running_mean, 0.1 * x.mean(0))
+    # with a target network in eval mode, its own (initial) statistics serve: mean 0, variance 1
+    torch.testing.assert_close(q_next, agent.critic_target.net[1:](x / (1 + 1e-5) ** 0.5)[64:, 0])
+    assert not q_next.requires_grad
+
+    args.target_network = False
+    agent.critic_target = agent.critic
+    q, q_next = ddpg_bn.q_values(agent, batch, next_action, args)
+    torch.testing.assert_close(torch.cat([q, q_next]), expected, rtol=1e-4, atol=1e-6)
+    assert q.requires_grad and not q_next.requires_grad
+
+
+def test_norm_net_decides_who_has_layers():
+    for norm_net, expected in (("both", [1, 1]), ("actor", [1, 0]), ("critic", [0, 1])):
+        for norm in ("batchnorm", "batchrenorm", "layernorm"):
+            agent, _, _ = make_agent(norm=norm, norm_net=norm_net)
+            kinds = nn.BatchNorm1d | nn.LayerNorm
+            has = [
+                any(isinstance(m, kinds) for m in net.modules())
+                for net in (agent.actor, agent.critic)
+            ]
+            assert has == expected
+
+
+def test_norm_layers_draw_no_random_numbers():
+    plain, _, _ = make_agent()
+    for norm in ("batchnorm", "batchrenorm", "layernorm"):
+        agent, _, _ = make_agent(norm=norm, norm_position=("input", "pre", "post"))
+        ours, theirs = (
+            [m.weight for m in net.modules() if isinstance(m, nn.Linear)]
+            for net in (agent.critic, plain.critic)
+        )
+        assert same(ours, theirs)
+
+
+# ---------------------------------------------------------- The exact reason (claim B7)
+
+
+@pytest.mark.parametrize("norm", BATCH_NORMS)
+def test_train_mode_batch_norm_before_the_output_has_no_policy_gradient(norm):
+    """mean Q = w beta + b whatever the actions are: the gradient is rounding, and Adam moves on."""
+    agent, batch, args = make_agent(norm=norm, n=256)
+    fit_critic(agent, batch)
+    out, bn = agent.critic.net[-1], agent.critic.net[-2]
+    assert isinstance(bn, nn.BatchNorm1d)
+    constant = -(out.weight[0] @ bn.bias + out.bias[0]).item()
+    for action in (-2.0, 0.0, 1.5):  # three policies that have nothing in common
+        q = agent.critic.train()(batch.obs, torch.full((256, 1), action))
+        assert abs(-q.mean().item() - constant) < 1e-4
+    args.bn_policy_critic = "eval"
+    real = grad_norm(ddpg_bn.actor_loss(agent, batch, args), agent.actor)
+    args.bn_policy_critic = "train"
+    noise = grad_norm(ddpg_bn.actor_loss(agent, batch, args), agent.actor)
+    assert real > 0.1 and noise < 1e-5 * real, (real, noise)
+
+    before = [p.detach().clone() for p in agent.actor.parameters()]
+    for _ in range(10):
+        loss = ddpg_bn.actor_loss(agent, batch, args)
+        ddpg_bn.gradient_step(agent.actor_optimizer, loss, 0.0)
+    moved = max(
+        (p - q).abs().max().item() for p, q in zip(agent.actor.parameters(), before, strict=True)
+    )
+    assert moved > args.actor_lr  # ten steps along nothing
+
+
+@pytest.mark.parametrize("position, share", [("pre", 1e-3), ("input", 0.1)])
+def test_elsewhere_the_policy_gradient_survives(position, share):
+    agent, batch, args = make_agent(norm="batchnorm", norm_position=(position,), n=256)
+    fit_critic(agent, batch)
+    train = grad_norm(ddpg_bn.actor_loss(agent, batch, args), agent.actor)
+    args.bn_policy_critic = "eval"
+    assert train > share * grad_norm(ddpg_bn.actor_loss(agent, batch, args), agent.actor)
+
+
+def test_layer_norm_has_no_such_constant():
+    agent, batch, args = make_agent(norm="layernorm", n=256)
+    fit_critic(agent, batch)
+    assert grad_norm(ddpg_bn.actor_loss(agent, batch, args), agent.actor) > 0.1
+
+
+# -------------------------------------------------------------------------- Diagnostics by hand
+
+
+def test_probe_by_hand_and_without_a_trace():
+    agent, batch, _ = make_agent(norm="batchnorm", norm_position=("pre",))
+    for _ in range(3):
+        agent.critic.train()(batch.obs * 2 + 1, batch.action)
+    with torch.no_grad():
+        agent.critic.net[1].bias[:4] = -100  # four dead units of the first layer's sixteen
+    agent.critic.eval()
+    before = copy.deepcopy(agent.critic.state_dict())
+    gap, lags, dead = ddpg_bn.probe(agent.critic, batch.obs, batch.action)
+    assert same(before, agent.critic.state_dict()) and not agent.critic.training
+
+    net, x = agent.critic.net, torch.cat([batch.obs, batch.action], 1)
+    with torch.no_grad():
+        h = net[0](x)
+        std = (h.var(0, correction=0) + 1e-5).sqrt()
+        expected = ((net[1].running_mean - h.mean(0)).abs() / std).mean()
+        np.testing.assert_allclose(lags[0], expected, rtol=1e-4)
+        eval_q = copy.deepcopy(agent.critic).eval()(batch.obs, batch.action)
+        train_q = copy.deepcopy(agent.critic).train()(batch.obs, batch.action)
+    np.testing.assert_allclose(gap, (train_q - eval_q).abs().mean(), rtol=1e-4)
+    assert len(lags) == len(dead) == 2 and dead[0] == 4 / 16
+
+
+def test_saturation_and_actor_grad():
+    agent, batch, args = make_agent()
+    ddpg_bn.update(agent, batch, args)
+    values = ddpg_bn.norm_scalars(agent, batch)
+    expected = sum(p.grad.pow(2).sum() for p in agent.actor.parameters()).sqrt()
+    np.testing.assert_allclose(values["actor_grad"], expected, rtol=1e-5)
+    assert values["saturation"] == 0 and "stat_lag" not in values
+    with torch.no_grad():
+        agent.actor.net[-1].weight[:] = 1e6
+    assert ddpg_bn.norm_scalars(agent, batch)["saturation"] > 0.5
+
+
+def test_q_bias_by_brute_force():
+    agent, _, _ = make_agent(gamma=0.5)
+    rng = np.random.default_rng(0)
+    played, expected = [], []
+    for n, terminated in ((30, True), (30, False)):
+        obs, action = rng.normal(size=(n, 3)), rng.normal(size=(n, 1))
+        reward = 100 * rng.normal(size=n)
+        played.append((obs, action, reward, terminated))
+        inputs = (torch.tensor(x, dtype=torch.float32) for x in (obs, action))
+        q = agent.critic(*inputs).detach().numpy()
+        for t in range(n if terminated else n - 7):  # 0.5 ** 7 < 0.01 < 0.5 ** 6
+            g = sum(0.5**k * r for k, r in enumerate(reward[t:]))
+            expected.append((q[t] - g) / max(abs(g), 10))
+    values = ddpg_bn.q_bias(agent, played, 0.5)
+    np.testing.assert_allclose(values["q_bias"], np.mean(expected), rtol=1e-5)
+    np.testing.assert_allclose(values["q_bias_std"], np.std(expected), rtol=1e-5)
+    assert ddpg_bn.q_bias(agent, [(*played[1][:3], False)], 0.99) == {}
+
+
+# ------------------------------------------------------------------------- Filters in a run
+
+
+class Recorder(gym.Wrapper):
+    """Keeps every observation that training sees."""
+
+    seen: list
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.seen.append(obs)
+        return obs, info
+
+    def step(self, action):
+        result = self.env.step(action)
+        self.seen.append(result[0])
+        return result
+
+
+@pytest.mark.parametrize("norm", ["none", "zfilter"])
+def test_statistics_are_those_of_all_training_observations(small, norm, monkeypatch):
+    recorders, make = [], gym.make
+
+    def recording(name):
+        recorders.append(Recorder(make(name)))
+        recorders[-1].seen = []
+        return recorders[-1]
+
+    monkeypatch.setattr(gym, "make", recording)
+    args = small(ddpg_bn, norm=norm, eval_every=100, total_steps=450)
+    ddpg_bn.train(args)
+    seen = np.array(recorders[0].seen[1:], np.float64)  # without the reset that only sets the seed
+    with np.load(f"{args.run_dir}/obs_stats.npz") as stats:
+        assert stats["count"] == len(seen) == 450 + 3
+        np.testing.assert_allclose(stats["mean"], seen.mean(0), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(stats["std"], seen.std(0, ddof=1), rtol=1e-9)
+
+
+def test_zfilter_feeds_acting_and_learning_the_same(small, monkeypatch):
+    learnt = []
+    original = ddpg_bn.update
+
+    def update(agent, batch, args):
+        learnt.append((batch, agent.obs_stat.mean, agent.obs_stat.std))
+        return original(agent, batch, args)
+
+    monkeypatch.setattr(ddpg_bn, "update", update)
+    args = small(ddpg_bn, norm="zfilter", total_steps=300)
+    ddpg_bn.train(args)
+    batch, mean, std = learnt[-1]
+    raw = checkpoint(args.run_dir)["buffer"]["data"][0].double().numpy()
+    rows = {tuple(np.float32(x)) for x in ((raw - mean) / (std + 1e-8)).clip(-10, 10)}
+    assert {tuple(x.numpy()) for x in batch.obs} <= rows
+
+
+def test_fixed_filter_uses_the_file_and_never_learns(small):
+    first = small(ddpg_bn)
+    ddpg_bn.train(first)
+    file = f"{first.run_dir}/obs_stats.npz"
+    second = small(ddpg_bn, norm="fixed", norm_stats=file, seed=2)
+    ddpg_bn.train(second)
+    saved = checkpoint(second.run_dir)
+    with np.load(file) as stats, np.load(f"{second.run_dir}/obs_stats.npz") as own:
+        np.testing.assert_array_equal(saved["obs_filter"]["mean"], stats["mean"])
+        assert not np.allclose(own["mean"], stats["mean"])  # generation two, from this run's states
+        agent = ddpg_bn.make_agent(gym.make("Pendulum-v1"), second, "cpu")
+        x = np.array([0.3, 0.5, 2.0])
+        expected = (x - stats["mean"]) / (stats["std"] + 1e-8)
+        np.testing.assert_allclose(agent.obs_filter(x, update=False), expected, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------ Whole runs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm": "batchnorm"},
+        {"norm": "batchnorm", "bn_policy_critic": "eval", "norm_position": ("input", "pre")},
+        {"norm": "batchnorm", "bn_target": "train", "norm_net": "actor"},
+        {"norm": "batchnorm", "norm_position": ("input", "pre"), "action_layer": 1},
+        {"norm": "batchrenorm", "bn_joint": True, "bn_warmup": 50, "norm_position": ("post",)},
+        {"norm": "batchrenorm", "bn_joint": True, "target_network": False, "norm_net": "critic"},
+        {"norm": "layernorm", "norm_position": ("input", "pre", "post")},
+        {"norm": "zfilter", "max_grad_norm": 1.0},
+        {"target_network": False, "hidden_sizes": (16,)},
+    ],
+    ids=str,
+)
+def test_every_kind_of_run_learns_something(small, options):
+    args = small(ddpg_bn, total_steps=1100, learning_starts=950, **options)
+    result = ddpg_bn.train(args)
+    assert result["updates"] == 150 and result["steps"] == 1100 and not result["diverged"]
+    assert result["run_dir"] == args.run_dir
+    assert [e[0] for e in result["eval"]] == [1100] and np.isfinite(result["eval"][0][1])
+    torch.manual_seed(args.seed)
+    start, _, _ = make_agent()
+    torch.manual_seed(args.seed)
+    start = ddpg_bn.make_agent(gym.make(args.env), args, "cpu")
+    end = checkpoint(args.run_dir)
+    for name in ("actor", "critic"):
+        for key, value in getattr(start, name).named_parameters():
+            assert not torch.equal(value, end[name][key]), (name, key)
+    found = tags(args.run_dir)
+    expected = {"losses/critic", "losses/actor", "losses/q", "eval/return", "charts/SPS"}
+    expected |= {"charts/episodic_return", "norm/actor_grad", "norm/saturation", "norm/dead_units"}
+    expected |= {"norm/train_eval_gap_policy", "norm/train_eval_gap_q"}
+    assert expected <= found
+    assert ("norm/stat_lag" in found) == args.norm.startswith("batch")
+    about = json.loads(Path(args.run_dir, "args.json").read_text())
+    assert about["args"]["norm"] == args.norm and about["versions"]["torch"] == torch.__version__
+
+
+def test_the_dead_gradient_shows_in_a_run(small):
+    found = []
+    for mode in ("train", "eval"):
+        options = {"norm": "batchnorm", "bn_policy_critic": mode}
+        args = small(ddpg_bn, total_steps=1000, learning_starts=500, batch_size=64, **options)
+        ddpg_bn.train(args)
+        found += [value for _, value in scalars(args.run_dir, "norm/actor_grad")]
+    assert len(found) == 2 and found[0] < 1e-4 * found[1]
+
+
+def test_pendulum_is_learnt(small):
+    """Solved is above -200; random actions get about -1200."""
+    args = small(ddpg_bn, total_steps=5000, learning_starts=1000, hidden_sizes=(128, 128))
+    args.eval_episodes, args.batch_size, args.buffer_size = 10, 128, 5000
+    assert ddpg_bn.train(args)["eval"][-1][1] > -200
+
+
+@pytest.mark.parametrize("norm", ["none", "batchnorm", "zfilter"])
+def test_same_seed_same_bits_and_evaluation_changes_nothing(small, norm):
+    ends = []
+    for eval_every in (0, 0, 70):
+        args = small(ddpg_bn, norm=norm, eval_every=eval_every)
+        result = ddpg_bn.train(args)
+        end = checkpoint(args.run_dir)
+        end.pop("progress")
+        ends.append((end, result["eval"][-1]))
+    assert len(result["eval"]) == 6
+    assert same(ends[0], ends[1]) and same(ends[0], ends[2])
+    other = ddpg_bn.train(small(ddpg_bn, norm=norm, seed=2))
+    assert other["eval"][-1] != ends[0][1]
+
+
+def test_evaluation_is_deterministic_and_starts_the_same():
+    agent, batch, args = make_agent(norm="batchnorm")
+    ddpg_bn.update(agent, batch, args)
+    before = copy.deepcopy({k: getattr(agent, k).state_dict() for k in ddpg_bn.PARTS})
+    env = gym.make("Pendulum-v1")
+    a, b = ddpg_bn.evaluate(agent, env, 2), ddpg_bn.evaluate(agent, env, 2)
+    for x, y in zip(a, b, strict=True):
+        assert all(np.array_equal(p, q) for p, q in zip(x, y, strict=True))
+        assert x[0].shape == (200, 3) and x[1].shape == (200, 1) and x[2].shape == (200,)
+        assert not x[3]  # Pendulum never terminates
+    assert not np.array_equal(a[0][0], a[1][0])
+    assert same(before, {k: getattr(agent, k).state_dict() for k in ddpg_bn.PARTS})
+    first, _ = env.reset(seed=1_000_000)
+    np.testing.assert_array_equal(a[0][0][0], first)
+
+
+def test_a_run_that_diverges_says_so(small, capsys):
+    args = small(ddpg_bn, env="HugeReward-v0")
+    result = ddpg_bn.train(args)
+    assert result["diverged"] and result["steps"] == 101 and result["eval"] == []
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "diverged" in err and "101" in err
+    assert json.loads(Path(args.run_dir, "result.json").read_text())["diverged"]
