@@ -2,11 +2,11 @@
 
 Run:
   python ddpg_bn.py --env Ant-v4
-  python ddpg_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: the main job, watch it fail
-  python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: one line on
-  the paper's placement, the state and all layers before the action (Sec. 3):  # NORM flag: so
-  python ddpg_bn.py --norm batchnorm --norm-position input pre --action-layer 1  # NORM flag: so
   python ddpg_bn.py --resume runs/Ant-v4/ddpg_bn/RUN
+  python ddpg_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: the main job, to watch it fail
+  python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: one mend
+  The paper's own placement, on the state and on every layer before  # NORM flag: the action:
+  python ddpg_bn.py --norm batchnorm --norm-position input pre --action-layer 1  # NORM flag: Sec. 3
 
 Implementation details, sections and equations of the paper (arXiv 1509.02971) unless said:
   (1) Replay of raw transitions, sampled uniformly (Sec. 3).
@@ -72,6 +72,7 @@ class Args:
     save_every: int = 50_000  # steps between checkpoints, which wait for the end of an episode
     resume: str = ""  # folder of a run to continue with its own options, or to a higher total_steps
     # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
+
     # what normalizes: layers in the networks, or (zfilter, fixed) a filter on the observations
     norm: Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"] = "none"
     # where layers stand: on the input, before or after each hidden activation; default: post
@@ -109,8 +110,18 @@ def fail(message):
     raise SystemExit(2)
 
 
+# NORM begin: flag: what was asked for beyond --norm
+def changed_norm_options(args):
+    """Return {name: value} of the options --norm-* and --bn-* that are not at their defaults."""
+    options = {k: v for k, v in asdict(args).items() if k.startswith(("norm_", "bn_"))}
+    return {k: v for k, v in options.items() if v != getattr(Args, k)}
+
+
+# NORM end
 def check(args):
     """End with one line if the options make no sense together."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda finds no GPU: use --device cpu")
     if args.action_layer >= len(args.hidden_sizes):
         fail("--action-layer 1 needs two --hidden-sizes or more")
     # NORM begin: flag: a switch that could change nothing is a mistake
@@ -136,12 +147,6 @@ def check(args):
 
 # NORM begin: layer: what --norm builds, and where --norm-position puts it
 # --------------------------------------------------------------------------- Normalization layers
-
-
-def changed_norm_options(args):
-    """Return the options of normalization, other than --norm, that are not at their defaults."""
-    options = {k: v for k, v in asdict(args).items() if k.startswith(("norm_", "bn_"))}
-    return {k: v for k, v in options.items() if v != getattr(Args, k)}
 
 
 class BatchRenorm(nn.BatchNorm1d):
@@ -366,7 +371,8 @@ def q_values(agent, batch, next_action, args):
         pair = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
         q, q_next = agent.critic.train()(*pair).chunk(2)
         if args.target_network:
-            q_next = agent.critic_target.train(args.bn_target == "train")(*pair).chunk(2)[1]
+            with torch.no_grad():
+                q_next = agent.critic_target.train(args.bn_target == "train")(*pair).chunk(2)[1]
         return q, q_next.detach()
     # NORM end
     with torch.no_grad():
@@ -391,7 +397,7 @@ def actor_loss(agent, batch, args):
     agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
     # NORM begin: mode: on this line hangs most of "batch norm fails in off-policy RL"
     # In train mode each feature's mean over the batch is beta, whatever mu does. With that layer
-    # last before the output, mean Q is w beta + b: the gradient is rounding noise, Adam's food.
+    # last before the output, mean Q = w beta + b: no gradient but rounding, which Adam follows.
     agent.critic.train(args.bn_policy_critic == "train")
     # NORM end
     return -agent.critic(batch.obs, agent.actor(batch.obs)).mean()
@@ -557,7 +563,10 @@ def save_run(run_dir, agent, buffer, generators, progress):
 
 def load_run(run_dir, agent, buffer, generators):
     """Restore what `save_run` wrote and return its progress; nothing in the file is executed."""
-    state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        fail(f"--resume {run_dir}: no checkpoint.pt that can be read ({type(error).__name__})")
     for part in PARTS:
         getattr(agent, part).load_state_dict(state[part])
     buffer.load_state_dict(state["buffer"])
@@ -652,7 +661,7 @@ def train(args):
     """
     check(args)
     env, eval_env = make_env(args), make_env(args)
-    device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     env.reset(seed=args.seed)

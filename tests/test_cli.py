@@ -1,7 +1,6 @@
 """The scripts as programs: mistakes, kills, copies of a stripped file."""
 
 import json
-import pickle
 import re
 import signal
 import subprocess
@@ -68,6 +67,7 @@ def checkpoint(run_dir):
         ({"env": "CartPole-v1"}, ["--env CartPole-v1", "continuous"]),
         ({"env": "FrozenLake-v1"}, ["--env FrozenLake-v1", "vector"]),
         ({"resume": "no/such/run"}, ["--resume no/such/run"]),
+        ({"device": "cuda"}, ["--device cuda"]),
         ({"hidden_sizes": (16,), "action_layer": 1}, ["--action-layer 1", "--hidden-sizes"]),
     ],
     ids=str,
@@ -77,6 +77,8 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     module = sys.modules[script]
+    if options.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("no mistake on this machine")
     options = {"env": "Pendulum-v1"} | options
     with pytest.raises(SystemExit) as end:
         module.train(module.Args(**options))
@@ -157,13 +159,33 @@ def test_resume_extends_and_evaluates_again(small, capsys):
     assert "--critic-lr cannot change" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_is_code_is_not_executed(small):
+class Code:
+    """Writes a file if it is ever unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "executed")
+
+
+def test_checkpoints_that_are_missing_damaged_or_code_are_refused(small, tmp_path, capsys):
     args = small(ddpg_bn, total_steps=120)
     ddpg_bn.train(args)
-    torch.save({"actor": Path("x")}, Path(args.run_dir) / "checkpoint.pt")  # any class is refused
-    args.resume = args.run_dir
-    with pytest.raises(pickle.UnpicklingError):
-        ddpg_bn.train(args)
+    args.resume, file = args.run_dir, Path(args.run_dir, "checkpoint.pt")
+    whole = file.read_bytes()
+    for content in (None, whole[: len(whole) // 2], b"", "code"):
+        file.unlink()
+        if content == "code":
+            torch.save({"actor": Code(tmp_path / "proof")}, file)
+        elif content is not None:
+            file.write_bytes(content)
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            ddpg_bn.train(args)
+        assert "--resume" in capsys.readouterr().err
+        file.touch()
+    assert not (tmp_path / "proof").exists()
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):

@@ -1,0 +1,44 @@
+"""Turn finished runs into rows: python -m study.collect COMMIT RUN... > study/results/NAME.csv
+
+One row for each run, scalar and step, with the options that were not at their defaults, the seed,
+the commit of the script (as given) and the versions of the packages (as the run wrote them down).
+"""
+
+import csv
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SCALARS = "eval/return", "norm/actor_grad", "norm/saturation", "norm/q_bias", "norm/stat_lag"
+COLUMNS = "script", "env", "options", "seed", "commit", "versions", "scalar", "step", "value"
+NOT_OPTIONS = "env", "seed", "run_dir", "resume", "save_every", "device"
+
+
+def rows(run_dir, commit):
+    """Yield the rows of one run; nothing if it has not finished."""
+    if not (run_dir / "result.json").exists():
+        return
+    about = json.loads((run_dir / "args.json").read_text())
+    script = run_dir.parent.name
+    default = json.loads(json.dumps(dataclasses.asdict(importlib.import_module(script).Args())))
+    changed = {k: v for k, v in about["args"].items() if v != default[k] and k not in NOT_OPTIONS}
+    options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in changed.items())
+    versions = " ".join(f"{k}=={v}" for k, v in about["versions"].items())
+    run = script, about["args"]["env"], options, about["args"]["seed"], commit, versions
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    for scalar in SCALARS:
+        if scalar in events.Tags()["scalars"]:
+            for event in events.Scalars(scalar):
+                yield *run, scalar, event.step, f"{event.value:.6g}"
+
+
+if __name__ == "__main__":
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for folder in sorted(map(Path, sys.argv[2:])):
+        writer.writerows(rows(folder, sys.argv[1]))
