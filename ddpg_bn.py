@@ -85,7 +85,7 @@ class Args:
     bn_warmup: int = 100_000
     # target networks use the running statistics, copied from the live ones, or their own batch's
     bn_target: Literal["eval", "train"] = "eval"
-    # in the actor's loss the critic uses the statistics of the batch (s, mu(s)), or running ones
+    # in the actor's loss the critic uses the statistics of the policy's actions, or running ones
     bn_policy_critic: Literal["train", "eval"] = "train"
     # (s, a) and (s', a') pass the critic as one batch and share its statistics (CrossNorm, CrossQ)
     bn_joint: bool = False
@@ -363,7 +363,7 @@ def explore(agent, obs, action_space, rng, args):
 
 
 def q_values(agent, batch, next_action, args):
-    """Return Q(s, a), and Q'(s', a') without gradient, (n,) each."""
+    """Return Q(s, a), and Q'(s', a') without gradient."""
     # NORM begin: batch: one pass, so that (s, a) and (s', a') share one mean and variance
     # Two passes would center each on a mean of its own, and so hide from the critic how a and a'
     # differ, while the running statistics come to know one half only.

@@ -1,9 +1,13 @@
 """What the tests share: small runs, and a toy environment whose every number is known."""
 
+import importlib
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 class Countdown(gym.Env):
@@ -76,3 +80,25 @@ def same(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+@pytest.fixture(params=["ddpg_bn", "sac_bn"])
+def script(request):
+    """Each script that learns from a replay buffer, as a module."""
+    return importlib.import_module(request.param)
+
+
+def scalars(run_dir, tag):
+    events = EventAccumulator(run_dir)
+    events.Reload()
+    return [(e.step, e.value) for e in events.Scalars(tag)]
+
+
+def tags(run_dir):
+    events = EventAccumulator(run_dir)
+    events.Reload()
+    return set(events.Tags()["scalars"])
+
+
+def checkpoint(run_dir):
+    return torch.load(Path(run_dir, "checkpoint.pt"), weights_only=True)

@@ -1,0 +1,795 @@
+"""SAC in one file (Haarnoja et al. 2018, Soft Actor-Critic Algorithms and Applications).
+
+Run:
+  python sac_bn.py --env Ant-v4
+  python sac_bn.py --resume runs/Ant-v4/sac_bn/RUN
+  From naive batch norm to CrossQ (Bhatt et al. 2024), each line with the options  # NORM flag: of
+  all lines above it. CrossQ is the last, with --critic-hidden-sizes 2048 2048:  # NORM flag: so
+  python sac_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: naive
+      --bn-policy-critic eval  # NORM flag: the actor's loss uses statistics that it cannot move
+      --bn-joint  # NORM flag: (s, a) and (s', a') share statistics
+      --no-target-network  # NORM flag: which the joint pass makes superfluous
+      --norm batchrenorm --norm-position input post --bn-momentum 0.01  # NORM flag: CrossQ's
+      --adam-beta1 0.5 --policy-delay 3  # NORM flag: constants
+  Its renormalization begins at a layer's 100000th training pass: a shorter  # NORM flag: run of
+  CrossQ is one of plain batch norm; the actor, with its delay, takes three times  # NORM flag: that
+
+Implementation details, sections and equations of the paper (arXiv 1812.05905) unless said:
+  (1) Replay of raw transitions, sampled uniformly (Algorithm 1).
+  (2) Uniformly random actions at first (Spinning Up, TD3).
+  (3) Exploration by the stochastic policy; evaluation by its mean (Sec. 7.1).
+  (4) Critics: squared distance from y = r + gamma (min Q'(s', a') - alpha log pi(a'|s')) (Eq. 5).
+  (5) A time-out is not a death: y goes on through it (Pardo et al. 2018, arXiv 1712.00378).
+  (6) Actor: descends alpha log pi(a|s) - min Q(s, a), reparameterized (Eq. 9).
+  (7) Target networks follow slowly, at every update (Algorithm 1).
+  (8) Temperature: descends -alpha (log pi(a|s) + target entropy) (Eq. 18).
+  (9) Actions are a tanh of a Gaussian, scaled to the environment's bounds; the log-probability
+      carries both (Appendix C).
+
+                 paper, Appendix D                  here
+  learning rate  3e-4 all                           1e-3 all (the published curves of CrossQ's SAC)
+  hidden layers  256, 256                           the same
+  batch, tau     256, 0.005                         the same
+  gamma, replay  0.99, one million                  the same
+  entropy        minus the action's dimension       the same
+"""
+
+import contextlib
+import copy
+import functools
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from zfilter import RunningStat, ZFilter  # NORM obs: the one file that the scripts share
+
+LOG_EVERY = 1000  # environment steps between two points of a loss or a diagnostic
+
+# ------------------------------------------------------------------------------------------- Args
+
+
+@dataclass
+class Args:
+    env: str = "HalfCheetah-v4"  # Gymnasium id of the environment
+    seed: int = 1  # seeds environment, action space, torch and numpy
+    total_steps: int = 1_000_000  # environment steps to train for
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
+    eval_every: int = 10_000  # steps between evaluations; 0 for one at the end only
+    eval_episodes: int = 5  # episodes of an evaluation, without noise, from the same starts
+    run_dir: str = ""  # folder of the run; default runs/<env>/<script>/<options>-seed<k>-<time>
+    save_every: int = 50_000  # steps between checkpoints, which wait for the end of an episode
+    resume: str = ""  # folder of a run to continue with its own options, or to a higher total_steps
+    # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
+
+    # what normalizes: layers in the networks, or (zfilter, fixed) a filter on the observations
+    norm: Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"] = "none"
+    # where layers stand: on the input, before or after each hidden activation; default: post
+    norm_position: tuple[Literal["input", "pre", "post"], ...] = ()
+    norm_net: Literal["both", "actor", "critic"] = "both"  # which network has the layers
+    norm_stats: str = ""  # fixed: the obs_stats.npz of an earlier run
+    # weight of the newest batch in the running statistics (torch's sense; TF and JAX: 1 - this)
+    bn_momentum: float = 0.1
+    # batchrenorm: a layer's first training passes, which are plain batch norm (CrossQ: 100000)
+    bn_warmup: int = 100_000
+    # target networks use the running statistics, copied from the live ones, or their own batch's
+    bn_target: Literal["eval", "train"] = "eval"
+    # in the actor's loss the critic uses the statistics of the policy's actions, or running ones
+    bn_policy_critic: Literal["train", "eval"] = "train"
+    # (s, a) and (s', a') pass the critic as one batch and share its statistics (CrossNorm, CrossQ)
+    bn_joint: bool = False
+    # NORM end
+    learning_starts: int = 5_000  # steps of random actions, before the first update (2)
+    batch_size: int = 256  # transitions in an update
+    buffer_size: int = 1_000_000  # transitions that the replay buffer keeps
+    actor_lr: float = 1e-3  # Adam's learning rate
+    critic_lr: float = 1e-3  # Adam's learning rate
+    alpha_lr: float = 1e-3  # Adam's learning rate, for the temperature (8)
+    adam_beta1: float = 0.9  # Adam's memory of gradients, for actor and critics
+    policy_delay: int = 1  # updates of the critics for one of actor and temperature
+    gamma: float = 0.99  # discount per step
+    tau: float = 0.005  # weight of the live network in its target (7)
+    target_entropy: float | None = None  # default: minus the dimension of an action (8)
+    log_std_min: float = -20.0  # bounds on the logarithm of the policy's standard deviation
+    log_std_max: float = 2.0  # bounds on the logarithm of the policy's standard deviation
+    hidden_sizes: tuple[int, ...] = (256, 256)  # width of each hidden layer
+    critic_hidden_sizes: tuple[int, ...] = ()  # those of the critics, if they differ
+    max_grad_norm: float = 0.0  # longest gradient of a network; 0 for any length
+    target_network: bool = True  # no: bootstrap from the live networks
+
+
+def fail(message):
+    """End with exit code 2 and one line that says what to do."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# NORM begin: flag: what was asked for beyond --norm
+def changed_norm_options(args):
+    """Return {name: value} of the options --norm-* and --bn-* that are not at their defaults."""
+    options = {k: v for k, v in asdict(args).items() if k.startswith(("norm_", "bn_"))}
+    return {k: v for k, v in options.items() if v != getattr(Args, k)}
+
+
+# NORM end
+def check(args):
+    """End with one line if the options make no sense together."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda finds no GPU: use --device cpu")
+    # NORM begin: flag: a switch that could change nothing is a mistake
+    is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)
+    for name in changed:
+        option = "--" + name.replace("_", "-")
+        if name.startswith("bn_") and not is_batch:
+            fail(f"{option} needs --norm batchnorm or batchrenorm, not {args.norm}")
+        if name in ("norm_position", "norm_net") and args.norm in ("none", "zfilter", "fixed"):
+            fail(f"{option} needs --norm batchnorm, batchrenorm or layernorm, not {args.norm}")
+        if name in ("bn_policy_critic", "bn_joint") and args.norm_net == "actor":
+            fail(f"{option} needs batch norm in the critic: drop --norm-net actor")
+    if "bn_warmup" in changed and args.norm != "batchrenorm":
+        fail("--bn-warmup needs --norm batchrenorm")
+    if args.bn_target == "train" and not args.target_network:
+        fail("--bn-target train needs target networks: drop --no-target-network")
+    if (args.norm == "fixed") != bool(args.norm_stats):
+        fail("--norm fixed and --norm-stats runs/.../obs_stats.npz need each other")
+    if is_batch and args.batch_size < 2:
+        fail("--batch-size 1 has no batch statistics: use 2 or more")
+    # NORM end
+
+
+# NORM begin: layer: what --norm builds, and where --norm-position puts it
+# --------------------------------------------------------------------------- Normalization layers
+
+
+class BatchRenorm(nn.BatchNorm1d):
+    """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with the constants of CrossQ.
+
+    Training: y = gamma (x_hat r + d) + beta, where x_hat is batch norm's and the constants
+    r = std_B / std and d = (mean_B - mean) / std lead on to the running statistics: with r and d
+    unclipped, train and eval mode agree. r = 1 and d = 0, as in the warm-up, is batch norm.
+    """
+
+    r_max, d_max = 3.0, 5.0
+
+    def __init__(self, features, momentum, warmup):
+        super().__init__(features, eps=1e-3, momentum=momentum)
+        self.warmup = warmup
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        # the kernel behind F.batch_norm returns its statistics; torch.var_mean is far slower
+        x_hat, mean, inv_std = torch.native_batch_norm(
+            x, None, None, None, None, True, 0.0, self.eps
+        )
+        with torch.no_grad():
+            std = (self.running_var + self.eps).sqrt()
+            warm = self.num_batches_tracked >= self.warmup
+            r = (1 / (inv_std * std)).clamp(1 / self.r_max, self.r_max).where(warm, 1.0)
+            d = ((mean - self.running_mean) / std).clamp(-self.d_max, self.d_max).where(warm, 0.0)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(inv_std**-2 - self.eps, self.momentum)
+            self.num_batches_tracked += 1
+        return torch.addcmul(self.weight * d + self.bias, x_hat, self.weight * r)
+
+
+def norm_layer(features, args):
+    """Return a layer that normalizes inputs of shape (batch, features)."""
+    if args.norm == "batchnorm":
+        return nn.BatchNorm1d(features, momentum=args.bn_momentum)
+    if args.norm == "batchrenorm":
+        return BatchRenorm(features, args.bn_momentum, args.bn_warmup)
+    return nn.LayerNorm(features)
+
+
+def add_norm(net, args):
+    """Return the layers of net with normalization layers at --norm-position."""
+    if args.norm in ("none", "zfilter", "fixed"):
+        return net
+    width, position = net[0].in_features, args.norm_position or ("post",)
+    layers = [norm_layer(width, args)] if "input" in position else []
+    for layer in net:
+        width = getattr(layer, "out_features", width)
+        is_hidden = isinstance(layer, nn.ReLU)
+        layers += [norm_layer(width, args)] if is_hidden and "pre" in position else []
+        layers += [layer]
+        layers += [norm_layer(width, args)] if is_hidden and "post" in position else []
+    return nn.Sequential(*layers)
+
+
+# NORM end
+# --------------------------------------------------------------------------------------- Networks
+
+
+def hidden_layers(*sizes):
+    """Return linear layers, each with a ReLU, that lead from sizes[0] features to sizes[-1]."""
+    pairs = itertools.pairwise(sizes)
+    return [layer for pair in pairs for layer in (nn.Linear(*pair), nn.ReLU())]
+
+
+class Actor(nn.Module):
+    """pi(a|s), a squashed Gaussian: observations (n, obs_dim) to actions (n, action_dim) (9)."""
+
+    def __init__(self, obs_dim, action_space, args):
+        super().__init__()
+        layers = hidden_layers(obs_dim, *args.hidden_sizes)
+        outputs = nn.Linear(args.hidden_sizes[-1], 2 * action_space.shape[0])
+        self.net = nn.Sequential(*layers, outputs)
+        if args.norm_net != "critic":  # NORM layer: --norm-net says who is normalized
+            self.net = add_norm(self.net, args)  # NORM layer: the actor, on s
+        low, high = torch.tensor(action_space.low), torch.tensor(action_space.high)
+        self.register_buffer("action_scale", (high - low) / 2)
+        self.register_buffer("action_bias", (high + low) / 2)
+        self.log_std_bounds = args.log_std_min, args.log_std_max
+
+    def forward(self, obs):
+        mean, _ = self.net(obs).chunk(2, dim=1)
+        return torch.tanh(mean) * self.action_scale + self.action_bias
+
+    def sample(self, obs):
+        """Return actions (n, action_dim) that gradients flow through, and log pi(a|s), (n,)."""
+        mean, log_std = self.net(obs).chunk(2, dim=1)
+        normal = torch.distributions.Normal(mean, log_std.clamp(*self.log_std_bounds).exp())
+        u = normal.rsample()
+        action = torch.tanh(u) * self.action_scale + self.action_bias
+        # log |da/du| = log scale + log(1 - tanh(u)^2), written so that it does not overflow
+        log_slope = self.action_scale.log() + 2 * (math.log(2) - u - F.softplus(-2 * u))
+        return action, (normal.log_prob(u) - log_slope).sum(1)
+
+
+class Critic(nn.Module):
+    """Two Q(s, a): observations (n, obs_dim) and actions (n, action_dim) to values (n, 2)."""
+
+    def __init__(self, obs_dim, action_space, args):
+        super().__init__()
+        sizes = obs_dim + action_space.shape[0], *(args.critic_hidden_sizes or args.hidden_sizes)
+        self.nets = nn.ModuleList(
+            nn.Sequential(*hidden_layers(*sizes), nn.Linear(sizes[-1], 1)) for _ in range(2)
+        )
+        if args.norm_net != "actor":  # NORM layer: --norm-net says who is normalized
+            self.nets = nn.ModuleList(add_norm(x, args) for x in self.nets)  # NORM layer: on (s, a)
+
+    def forward(self, obs, action):
+        x = torch.cat([obs, action], dim=1)
+        return torch.cat([net(x) for net in self.nets], dim=1)
+
+
+class Temperature(nn.Module):
+    """alpha, the price of a unit of entropy in rewards, kept positive by its logarithm (8)."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_alpha = nn.Parameter(torch.zeros(()))
+
+    def forward(self):
+        return self.log_alpha.exp()
+
+
+def make_agent(env, args, device):
+    """Return networks, their targets (copies, or the live ones themselves) and optimizers."""
+    obs_dim, action_space = env.observation_space.shape[0], env.action_space
+    actor = Actor(obs_dim, action_space, args).to(device)
+    critic = Critic(obs_dim, action_space, args).to(device)
+    agent = SimpleNamespace(actor=actor, critic=critic, device=device)
+    agent.critic_target = copy.deepcopy(critic) if args.target_network else critic
+    agent.temperature = Temperature().to(device)
+    default = -float(action_space.shape[0])
+    agent.target_entropy = default if args.target_entropy is None else args.target_entropy
+    adam = functools.partial(torch.optim.Adam, fused=True)
+    betas = args.adam_beta1, 0.999
+    agent.actor_optimizer = adam(actor.parameters(), args.actor_lr, betas)
+    agent.critic_optimizer = adam(critic.parameters(), args.critic_lr, betas)
+    agent.alpha_optimizer = adam(agent.temperature.parameters(), args.alpha_lr)
+    agent.obs_stat = RunningStat(obs_dim)  # NORM obs: every run counts the states it meets
+    agent.obs_filter = make_filter(agent.obs_stat, args)  # NORM obs: for most --norm the identity
+    return agent
+
+
+# ------------------------------------------------------------------------------------------- Data
+
+
+# NORM begin: obs: what stands between an observation and the networks
+def make_filter(obs_stat, args):
+    """Return the filter of --norm: zfilter learns with obs_stat, fixed never; else the identity."""
+    active = args.norm in ("zfilter", "fixed")
+    obs_filter = ZFilter(obs_stat.mean.shape, active, active, 10.0 if active else None)
+    if args.norm == "zfilter":
+        obs_filter.stat = obs_stat
+    if args.norm == "fixed" and not args.resume:
+        try:
+            obs_filter.load(args.norm_stats)
+        except Exception as error:
+            fail(f"--norm-stats {args.norm_stats}: no statistics for --env {args.env} ({error})")
+    return obs_filter
+
+
+def filter_batch(obs_filter, batch):
+    """Return the batch with both observations filtered by the statistics as they are now."""
+    obs, next_obs = (obs_filter(x, update=False) for x in (batch.obs, batch.next_obs))
+    return batch._replace(obs=obs, next_obs=next_obs)
+
+
+# NORM end
+class Batch(NamedTuple):
+    """Transitions: obs and next_obs (n, obs_dim), action (n, action_dim), the others (n,)."""
+
+    obs: np.ndarray
+    action: np.ndarray
+    reward: np.ndarray
+    next_obs: np.ndarray
+    terminated: np.ndarray
+
+
+class ReplayBuffer:
+    """The newest `capacity` transitions, raw float32, in arrays that are allocated once (1)."""
+
+    def __init__(self, capacity, obs_dim, action_dim):
+        shapes = (obs_dim,), (action_dim,), (), (obs_dim,), ()
+        self.data = Batch(*(np.zeros((capacity, *shape), np.float32) for shape in shapes))
+        self.capacity, self.added = capacity, 0
+
+    def __len__(self):
+        return min(self.added, self.capacity)
+
+    def add(self, *transition):
+        """Write (obs, action, reward, next_obs, terminated) over the oldest transition."""
+        for array, value in zip(self.data, transition, strict=True):
+            array[self.added % self.capacity] = value
+        self.added += 1
+
+    def sample(self, rng, n):
+        """Return a Batch of n transitions, drawn uniformly with replacement."""
+        index = rng.integers(len(self), size=n)
+        return Batch(*(array[index] for array in self.data))
+
+    def state_dict(self):
+        """Return the filled part, as tensors that share its memory."""
+        arrays = [torch.from_numpy(array[: len(self)]) for array in self.data]
+        return {"added": self.added, "data": arrays}
+
+    def load_state_dict(self, state):
+        """Restore what `state_dict` returned."""
+        self.added = state["added"]
+        for array, saved in zip(self.data, state["data"], strict=True):
+            array[: len(self)] = saved
+
+
+# ----------------------------------------------------------------------------- Losses and updates
+
+
+@torch.no_grad()
+def act(agent, obs):
+    """Return the mean action, shape (action_dim,), for one observation, (obs_dim,) (3)."""
+    obs = agent.obs_filter(obs, update=False)  # NORM obs: the policy sees what it learns from
+    agent.actor.eval()  # NORM mode: one observation has no batch statistics
+    obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.device)
+    return agent.actor(obs.unsqueeze(0)).squeeze(0).cpu().numpy()
+
+
+@torch.no_grad()
+def explore(agent, obs):
+    """Return a ~ pi(a|s), shape (action_dim,), for one observation, (obs_dim,) (3)."""
+    obs = agent.obs_filter(obs, update=False)  # NORM obs: the policy sees what it learns from
+    agent.actor.eval()  # NORM mode: one observation has no batch statistics
+    obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.device)
+    return agent.actor.sample(obs.unsqueeze(0))[0].squeeze(0).cpu().numpy()
+
+
+def q_values(agent, batch, next_action, args):
+    """Return Q(s, a), and Q'(s', a') without gradient."""
+    # NORM begin: batch: one pass, so that (s, a) and (s', a') share one mean and variance
+    # Two passes would center each on a mean of its own, and so hide from the critic how a and a'
+    # differ, while the running statistics come to know one half only.
+    if args.bn_joint:
+        pair = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
+        q, q_next = agent.critic.train()(*pair).chunk(2)
+        if args.target_network:
+            with torch.no_grad():
+                q_next = agent.critic_target.train(args.bn_target == "train")(*pair).chunk(2)[1]
+        return q, q_next.detach()
+    # NORM end
+    with torch.no_grad():
+        agent.critic_target.train(args.bn_target == "train")  # NORM mode: --bn-target
+        q_next = agent.critic_target(batch.next_obs, next_action)
+    agent.critic.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
+    return agent.critic(batch.obs, batch.action), q_next
+
+
+def critic_loss(agent, batch, args):
+    """Return the mean of (Q(s, a) - y)^2, summed over the critics (4), and Q(s, a), (n, 2)."""
+    with torch.no_grad():
+        agent.actor.eval()  # NORM mode: a' is not learnt from, so it leaves no trace in statistics
+        next_action, next_log_prob = agent.actor.sample(batch.next_obs)
+        alpha = agent.temperature()
+    q, q_next = q_values(agent, batch, next_action, args)
+    q_next = q_next.amin(1) - alpha * next_log_prob
+    td_target = batch.reward + args.gamma * (1 - batch.terminated) * q_next  # (4), (5)
+    return (q - td_target.unsqueeze(1)).square().mean(0).sum(), q
+
+
+def actor_loss(agent, batch, args):
+    """Return the mean of alpha log pi(a|s) - min Q(s, a), a ~ pi (6), and log pi(a|s), (n,)."""
+    agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
+    # NORM begin: mode: on this line hangs most of "batch norm fails in off-policy RL"
+    # In train mode each feature's mean over the batch is beta, whatever pi does, and so is each
+    # critic's mean Q, w beta + b. Only the choice of the smaller critic leaves a gradient.
+    agent.critic.train(args.bn_policy_critic == "train")
+    # NORM end
+    action, log_prob = agent.actor.sample(batch.obs)
+    alpha = agent.temperature().detach()
+    return (alpha * log_prob - agent.critic(batch.obs, action).amin(1)).mean(), log_prob
+
+
+def alpha_loss(agent, log_prob):
+    """Return the mean of -alpha (log pi(a|s) + target entropy) (8)."""
+    return -(agent.temperature() * (log_prob.detach() + agent.target_entropy)).mean()
+
+
+def gradient_step(optimizer, loss, max_grad_norm):
+    """Descend the loss, by a gradient no longer than max_grad_norm unless that is 0."""
+    optimizer.zero_grad()
+    loss.backward()
+    if max_grad_norm:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    optimizer.step()
+
+
+@torch.no_grad()
+def update_target(target, source, tau):
+    """theta' <- (1 - tau) theta' + tau theta (7)."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+    for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: buffers
+        old.copy_(new)  # NORM target: are not in parameters(), and without this stay at 0 and 1
+
+
+def update(agent, batch, updates, args):
+    """Take one step, number `updates` of the run; return losses and mean Q as tensors."""
+    loss_q, q = critic_loss(agent, batch, args)
+    gradient_step(agent.critic_optimizer, loss_q, args.max_grad_norm)
+    losses = {"critic": loss_q.detach(), "q": q.detach().mean()}
+    if updates % args.policy_delay == 0:
+        agent.critic.requires_grad_(False)  # the actor's loss has no use for the critic's gradient
+        loss_pi, log_prob = actor_loss(agent, batch, args)
+        gradient_step(agent.actor_optimizer, loss_pi, args.max_grad_norm)
+        agent.critic.requires_grad_(True)
+        gradient_step(agent.alpha_optimizer, alpha_loss(agent, log_prob), 0.0)
+        losses |= {"actor": loss_pi.detach(), "entropy": -log_prob.detach().mean()}
+        losses["alpha"] = agent.temperature().detach()
+    if args.target_network:
+        update_target(agent.critic_target, agent.critic, args.tau)
+    return losses
+
+
+# --------------------------------------------------------------------- Evaluation and diagnostics
+
+
+def evaluate(agent, env, episodes):
+    """Play without noise, from the same starts at every call, and learn nothing.
+
+    Returns for each episode obs (n, obs_dim), action (n, action_dim), reward (n,) and terminated.
+    """
+    played = []
+    for k in range(episodes):
+        steps, terminated, truncated = [], False, False
+        obs, _ = env.reset(seed=1_000_000 + k)
+        while not (terminated or truncated):
+            action = act(agent, obs)
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            steps.append((obs, action, reward))
+            obs = next_obs
+        played.append((*map(np.array, zip(*steps, strict=True)), terminated))
+    return played
+
+
+# NORM begin: report: what normalization does to a run, made visible
+PANELS = {
+    "Normalization": {
+        "lag of running statistics": ["Multiline", ["norm/stat_lag"]],
+        "gap between train and eval mode": ["Multiline", ["norm/train_eval_gap_.*"]],
+        "bias of Q": ["Multiline", ["norm/q_bias.*"]],
+        "gradient of the actor": ["Multiline", ["norm/actor_grad"]],
+        "saturation and dead units": ["Multiline", ["norm/saturation", "norm/dead_units"]],
+    },
+    "Learning": {"return": ["Multiline", ["eval/return$", "charts/episodic_return"]]},
+}
+
+
+@torch.no_grad()
+def probe(net, *inputs):
+    """Run a copy of net on one batch. Returns three things:
+
+    mean |train-mode output - eval-mode output|, in the output's units;
+    for each batch norm, |running mean - batch mean| / batch std, its mean over the features;
+    for each hidden layer, the share of units that no sample activates (these two in train mode).
+    """
+    net, lags, dead = copy.deepcopy(net), [], []
+
+    def measure_lag(layer, inputs):
+        var, mean = torch.var_mean(inputs[0], 0, correction=0)
+        lags.append(((layer.running_mean - mean).abs() / (var + layer.eps).sqrt()).mean().item())
+
+    def count_dead(layer, inputs, output):
+        dead.append((output <= 0).all(0).float().mean().item())
+
+    eval_output = net.eval()(*inputs)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm1d):
+            layer.register_forward_pre_hook(measure_lag)
+        if isinstance(layer, nn.ReLU):
+            layer.register_forward_hook(count_dead)
+    return (net.train()(*inputs) - eval_output).abs().mean().item(), lags, dead
+
+
+@torch.no_grad()
+def norm_scalars(agent, batch):
+    """Return {name: value} of the normalization panel, from the last training batch:
+
+    train_eval_gap_policy, _q, stat_lag and dead_units: see `probe`, means over layers.
+    actor_grad: norm of the actor's gradient in the last update.
+    saturation: share of the components of mu(s) in the outermost 1 % at either bound.
+    """
+    gap_policy, lags, dead = probe(agent.actor, batch.obs)
+    gap_q, more_lags, more_dead = probe(agent.critic, batch.obs, batch.action)
+    grads = torch.cat([p.grad.flatten() for p in agent.actor.parameters()])
+    action = (agent.actor.eval()(batch.obs) - agent.actor.action_bias) / agent.actor.action_scale
+    scalars = {"train_eval_gap_policy": gap_policy, "train_eval_gap_q": gap_q}
+    if lags + more_lags:
+        scalars["stat_lag"] = np.mean(lags + more_lags)
+    scalars["dead_units"] = np.mean(dead + more_dead)
+    scalars["actor_grad"] = grads.norm().item()
+    scalars["saturation"] = (action.abs() > 0.98).float().mean().item()
+    return scalars
+
+
+@torch.no_grad()
+def q_bias(agent, episodes, gamma):
+    """Return mean and std over states of (Q(s, a) - G) / max(|G|, 10), the form of REDQ.
+
+    G is the discounted return that followed, with alpha times the entropy of all later actions,
+    one draw for each; Q is the mean of the two. Where a time-out cut an episode, the states are
+    left out that have more than 1 % of G's weight behind the cut; {} if none remains.
+    """
+    errors = []
+    for obs, action, reward, terminated in episodes:
+        inputs = agent.obs_filter(obs, update=False), action
+        inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
+        with torch.random.fork_rng():  # evaluation leaves the random numbers of training alone
+            _, log_prob = agent.actor.eval().sample(inputs[0])
+        bonus = -(agent.temperature() * log_prob).cpu().numpy()
+        later = reward + gamma * np.append(bonus[1:], 0)
+        g = list(itertools.accumulate(later[::-1], lambda g, r: r + gamma * g))[::-1]
+        cut = 0 if terminated else math.ceil(math.log(0.01) / math.log(gamma))
+        n = max(len(g) - cut, 0)
+        q, g = agent.critic.eval()(*inputs).mean(1).cpu().numpy()[:n], np.array(g[:n])
+        errors.extend((q - g) / np.maximum(np.abs(g), 10))
+    return {"q_bias": np.mean(errors), "q_bias_std": np.std(errors)} if errors else {}
+
+
+# NORM end
+# ------------------------------------------------------------------------------------- Checkpoint
+
+PARTS = "actor", "critic", "critic_target", "temperature"
+PARTS += "actor_optimizer", "critic_optimizer", "alpha_optimizer"
+
+
+def write(path, save):
+    """Let save(file) fill a new file, then move it into place: a kill leaves the old or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        save(file)
+    os.replace(temporary, path)
+
+
+def save_run(run_dir, agent, buffer, generators, progress):
+    """Write all that a run needs to go on as if it had never stopped."""
+    state = {part: getattr(agent, part).state_dict() for part in PARTS}
+    state |= {"buffer": buffer.state_dict(), "progress": progress, "torch": torch.get_rng_state()}
+    state["generators"] = [generator.bit_generator.state for generator in generators]
+    # NORM begin: save: a policy is worth nothing without the statistics that it learnt with
+    for name, stat in (("obs_stat", agent.obs_stat), ("obs_filter", agent.obs_filter.stat)):
+        state[name] = {key: torch.from_numpy(value) for key, value in stat.state_dict().items()}
+    write(run_dir / "obs_stats.npz", agent.obs_stat.save)
+    # NORM end
+    write(run_dir / "checkpoint.pt", lambda file: torch.save(state, file))
+
+
+def load_run(run_dir, agent, buffer, generators):
+    """Restore what `save_run` wrote and return its progress; nothing in the file is executed."""
+    try:
+        state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        fail(f"--resume {run_dir}: no checkpoint.pt that can be read ({type(error).__name__})")
+    for part in PARTS:
+        getattr(agent, part).load_state_dict(state[part])
+    buffer.load_state_dict(state["buffer"])
+    torch.set_rng_state(state["torch"])
+    for generator, saved in zip(generators, state["generators"], strict=True):
+        generator.bit_generator.state = saved
+    agent.obs_stat.load_state_dict(state["obs_stat"])  # NORM save: statistics come back
+    agent.obs_filter.stat.load_state_dict(state["obs_filter"])  # NORM save: with the weights
+    return state["progress"]
+
+
+def saved_args(run_dir):
+    """Return the options of the run in run_dir; end with one line if it is no run of ours."""
+    try:
+        saved = json.loads((Path(run_dir) / "args.json").read_text())["args"]
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        return Args(**saved | {"resume": str(run_dir)})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        fail(f"--resume {run_dir}: no run of {Path(__file__).name} ({error})")
+
+
+def make_run_dir(args):
+    """Make and return the folder of a new run; no two runs get the same."""
+    name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # NORM begin: flag: the name of a run says how it is normalized
+    changed = changed_norm_options(args) | {"norm_position": "+".join(args.norm_position)}
+    words = [f"{key}={changed[key]}" for key in changed if changed[key] and key != "norm_stats"]
+    name = "-".join([args.norm, *words, name])
+    # NORM end
+    run_dir = Path(args.run_dir or Path("runs") / args.env / Path(__file__).stem / name)
+    for k in itertools.count(2):
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir(parents=True)
+            return run_dir
+        if args.run_dir:
+            fail(f"--run-dir {args.run_dir} exists: choose another one, or --resume it")
+        run_dir = run_dir.with_name(f"{name}-{k}")
+
+
+def open_run(args):
+    """Return the folder of the run, new or resumed, with options and versions in its args.json."""
+    if args.resume:
+        saved = asdict(saved_args(args.resume))
+        free = "total_steps", "eval_every", "eval_episodes", "save_every", "device"
+        for name, value in asdict(args).items():
+            if value != saved[name] and name not in free:
+                fail(f"--{name.replace('_', '-')} cannot change when a run resumes: leave it out")
+    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
+    versions = {x: importlib.metadata.version(x) for x in ("torch", "gymnasium", "mujoco", "numpy")}
+    about = {"args": asdict(replace(args, resume="")), "versions": versions}
+    write(run_dir / "args.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
+    return run_dir
+
+
+# ------------------------------------------------------------------------------------------ Train
+
+
+def make_env(args):
+    """Return the environment; end with one line if it is unknown or does not suit the algorithm."""
+    try:
+        env = gym.wrappers.RecordEpisodeStatistics(gym.make(args.env))
+    except gym.error.Error as error:
+        fail(f"--env {args.env}: {error}")
+    obs_space, action_space = env.observation_space, env.action_space
+    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
+        fail(f"--env {args.env} observes {obs_space}: choose one that observes a vector")
+    if not isinstance(action_space, gym.spaces.Box) or not action_space.is_bounded():
+        fail(f"--env {args.env} acts in {action_space}: choose one with bounded continuous actions")
+    return env
+
+
+def report_evaluation(agent, env, args, step, writer, bar):
+    """Evaluate, log and show it; return (step, mean return, std over episodes)."""
+    episodes = evaluate(agent, env, args.eval_episodes)
+    returns = [float(reward.sum()) for _, _, reward, _ in episodes]
+    mean, std = float(np.mean(returns)), float(np.std(returns))
+    writer.add_scalar("eval/return", mean, step)
+    writer.add_scalar("eval/return_std", std, step)
+    for name, value in q_bias(agent, episodes, args.gamma).items():  # NORM report: does the critic
+        writer.add_scalar(f"norm/{name}", value, step)  # NORM report: still tell the truth?
+    bar.set_postfix_str(f"return {mean:.1f} ± {std:.1f}")
+    if bar.disable and step < args.total_steps:  # no terminal to draw on
+        print(f"step {step} of {args.total_steps}: return {mean:.1f} ± {std:.1f}", flush=True)
+    return step, mean, std
+
+
+def train(args):
+    """Train a policy, and return what the run came to:
+
+    {"run_dir": str, "eval": [(step, mean return, std over episodes), ...], "steps": int,
+    "updates": int, "diverged": bool}. Raises SystemExit(2) for options that make no sense.
+    """
+    check(args)
+    env, eval_env = make_env(args), make_env(args)
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    env.reset(seed=args.seed)
+    env.action_space.seed(args.seed)
+    generators = rng, env.unwrapped.np_random, env.action_space.np_random
+    agent = make_agent(env, args, device)
+    buffer = ReplayBuffer(args.buffer_size, *env.observation_space.shape, *env.action_space.shape)
+    run_dir = open_run(args)
+    step, updates, evaluations, diverged = 0, 0, [], False
+    if args.resume:
+        step, updates, evaluations = load_run(run_dir, agent, buffer, generators)
+        evaluations = [e for e in evaluations if e[0] < args.total_steps]  # the last is made anew
+    writer = SummaryWriter(run_dir, purge_step=step + 1 if args.resume else None)
+    writer.add_custom_scalars(PANELS)  # NORM report: the normalization panel comes first
+    print(f"run: {run_dir}", flush=True)
+
+    bar = tqdm(total=args.total_steps, initial=step, unit="step", smoothing=0.01, disable=None)
+    start_time, start_step, save_step = time.time(), step, step + args.save_every
+    obs = None  # an episode is to begin
+    while step < args.total_steps and not diverged:
+        # act
+        if obs is None:
+            obs, _ = env.reset()
+            agent.obs_stat.push(obs)  # NORM obs: each observation of training counts once
+        if step < args.learning_starts:
+            action = env.action_space.sample()
+        else:
+            action = explore(agent, obs)
+        # step
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        agent.obs_stat.push(next_obs)  # NORM obs: those of evaluation and of the replay never do
+        step += 1
+        bar.update()
+        # store
+        buffer.add(obs, action, reward, next_obs, terminated)
+        obs = next_obs
+        # learn
+        if step > args.learning_starts:
+            batch = buffer.sample(rng, args.batch_size)
+            batch = filter_batch(agent.obs_filter, batch)  # NORM obs: the replay stays raw
+            batch = Batch(*(torch.as_tensor(x, dtype=torch.float32, device=device) for x in batch))
+            updates += 1
+            losses = update(agent, batch, updates, args)
+            diverged = not math.isfinite(losses["critic"])
+        # report
+        if updates and step % LOG_EVERY == 0:
+            writer.add_scalar("charts/SPS", (step - start_step) / (time.time() - start_time), step)
+            for name, value in losses.items():
+                writer.add_scalar(f"losses/{name}", value, step)
+            for name, value in norm_scalars(agent, batch).items():  # NORM report: changes nothing,
+                writer.add_scalar(f"norm/{name}", value, step)  # NORM report: shows everything
+        if args.eval_every and step % args.eval_every == 0 and step < args.total_steps:
+            evaluations.append(report_evaluation(agent, eval_env, args, step, writer, bar))
+        if terminated or truncated:
+            writer.add_scalar("charts/episodic_return", info["episode"]["r"], step)
+            writer.add_scalar("charts/episodic_length", info["episode"]["l"], step)
+            if step >= save_step and not diverged:
+                save_run(run_dir, agent, buffer, generators, (step, updates, evaluations))
+                save_step = step + args.save_every
+            obs = None
+    if diverged:
+        print(f"diverged at step {step}: the critic's loss is not finite", file=sys.stderr)
+    else:
+        evaluations.append(report_evaluation(agent, eval_env, args, step, writer, bar))
+        save_run(run_dir, agent, buffer, generators, (step, updates, evaluations))
+        print("final evaluation at step {}: return {:.1f} ± {:.1f}".format(*evaluations[-1]))
+    bar.close()
+    writer.close()
+    result = {"run_dir": str(run_dir), "eval": evaluations, "steps": step, "updates": updates}
+    result["diverged"] = diverged
+    write(run_dir / "result.json", lambda file: file.write(json.dumps(result).encode()))
+    print(f"files: {run_dir}\nlook:  tensorboard --logdir {run_dir}")
+    return result
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.resume:  # options not given again are those of the run
+        args = tyro.cli(Args, default=saved_args(args.resume))
+    try:
+        sys.exit(3 if train(args)["diverged"] else 0)
+    except KeyboardInterrupt:
+        sys.exit("stopped: --resume continues from the last checkpoint")
