@@ -504,13 +504,14 @@ def norm_scalars(agent, batch):
     """
     gap_policy, lags, dead = probe(agent.actor, batch.obs)
     gap_q, more_lags, more_dead = probe(agent.critic, batch.obs, batch.action)
-    grads = torch.cat([p.grad.flatten() for p in agent.actor.parameters()])
+    grads = [p.grad.norm() for p in agent.actor.parameters() if p.grad is not None]
     action = (agent.actor.eval()(batch.obs) - agent.actor.action_bias) / agent.actor.action_scale
     scalars = {"train_eval_gap_policy": gap_policy, "train_eval_gap_q": gap_q}
     if lags + more_lags:
         scalars["stat_lag"] = np.mean(lags + more_lags)
     scalars["dead_units"] = np.mean(dead + more_dead)
-    scalars["actor_grad"] = grads.norm().item()
+    if grads:
+        scalars["actor_grad"] = torch.stack(grads).norm().item()
     scalars["saturation"] = (action.abs() > 0.98).float().mean().item()
     return scalars
 

@@ -17,7 +17,7 @@ Run:
 Implementation details, sections and equations of the paper (arXiv 1812.05905) unless said:
   (1) Replay of raw transitions, sampled uniformly (Algorithm 1).
   (2) Uniformly random actions at first (Spinning Up, TD3).
-  (3) Exploration by the stochastic policy; evaluation by its mean (Sec. 7.1).
+  (3) Exploration by the stochastic policy; evaluation by its mean (SB3, Spinning Up).
   (4) Critics: squared distance from y = r + gamma (min Q'(s', a') - alpha log pi(a'|s')) (Eq. 5).
   (5) A time-out is not a death: y goes on through it (Pardo et al. 2018, arXiv 1712.00378).
   (6) Actor: descends alpha log pi(a|s) - min Q(s, a), reparameterized (Eq. 9).
@@ -546,13 +546,14 @@ def norm_scalars(agent, batch):
     """
     gap_policy, lags, dead = probe(agent.actor, batch.obs)
     gap_q, more_lags, more_dead = probe(agent.critic, batch.obs, batch.action)
-    grads = torch.cat([p.grad.flatten() for p in agent.actor.parameters()])
+    grads = [p.grad.norm() for p in agent.actor.parameters() if p.grad is not None]
     action = (agent.actor.eval()(batch.obs) - agent.actor.action_bias) / agent.actor.action_scale
     scalars = {"train_eval_gap_policy": gap_policy, "train_eval_gap_q": gap_q}
     if lags + more_lags:
         scalars["stat_lag"] = np.mean(lags + more_lags)
     scalars["dead_units"] = np.mean(dead + more_dead)
-    scalars["actor_grad"] = grads.norm().item()
+    if grads:
+        scalars["actor_grad"] = torch.stack(grads).norm().item()
     scalars["saturation"] = (action.abs() > 0.98).float().mean().item()
     return scalars
 

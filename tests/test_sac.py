@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import tyro
-from conftest import same
+from conftest import same, tags
 from test_ddpg import fit_critic, grad_norm, modes
 
 import sac_bn
@@ -160,6 +160,13 @@ def test_policy_delay_and_beta1():
         assert ("actor" in losses) == ("alpha" in losses) == (number % 3 == 0)
         for name in ("critic", "critic_target"):
             assert not same(getattr(agent, name).state_dict(), getattr(before, name).state_dict())
+
+
+def test_a_report_before_the_first_delayed_update(small):
+    args = small(sac_bn, total_steps=1000, learning_starts=999, policy_delay=3)
+    assert sac_bn.train(args)["updates"] == 1
+    found = tags(args.run_dir)
+    assert "losses/critic" in found and not {"losses/actor", "norm/actor_grad"} & found
 
 
 def test_critics_differ_and_can_be_wider():
