@@ -13,15 +13,14 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-SCALARS = "eval/return", "norm/actor_grad", "norm/saturation", "norm/q_bias", "norm/stat_lag"
+SCALARS = "eval/return", "charts/episodic_return", "norm/actor_grad", "norm/saturation"
+SCALARS += "norm/q_bias", "norm/stat_lag"
 COLUMNS = "script", "env", "options", "seed", "commit", "versions", "scalar", "step", "value"
 NOT_OPTIONS = "env", "seed", "run_dir", "resume", "save_every", "device"
 
 
 def rows(run_dir, commit):
-    """Yield the rows of one run; nothing if it has not finished."""
-    if not (run_dir / "result.json").exists():
-        return
+    """Yield the rows of one run; of one that was stopped, as far as it came."""
     about = json.loads((run_dir / "args.json").read_text())
     script = run_dir.parent.name
     default = json.loads(json.dumps(dataclasses.asdict(importlib.import_module(script).Args())))

@@ -121,6 +121,21 @@ def test_runs_of_the_same_second_do_not_collide(small, tmp_path, monkeypatch):
     assert names[0] == Path("runs/Pendulum-v1/ddpg_bn") / name
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_main_job_reaches_updates(script, tmp_path):
+    options = "--norm batchnorm --env Ant-v4 --total-steps 600 --learning-starts 500"
+    code, out, err = run(ROOT / f"{script}.py", f"{options} --eval-episodes 1", tmp_path)
+    assert code == 0, err
+    lines = out.strip().splitlines()
+    run_dir = lines[0].removeprefix("run: ")
+    assert run_dir.startswith(f"runs/Ant-v4/{script}/batchnorm-seed1-")
+    assert lines[-3].startswith("final evaluation at step 600: return ")
+    assert lines[-2:] == [f"files: {run_dir}", f"look:  tensorboard --logdir {run_dir}"]
+    files = {path.name.split(".")[0] for path in (tmp_path / run_dir).iterdir()}
+    assert files == {"args", "checkpoint", "events", "obs_stats", "result"}
+    assert json.loads((tmp_path / run_dir / "result.json").read_text())["updates"] == 100
+
+
 # ---------------------------------------------------------------------- Kill, resume, go on
 
 
