@@ -526,8 +526,7 @@ def q_bias(agent, episodes, gamma):
     errors = []
     for obs, action, reward, terminated in episodes:
         g = list(itertools.accumulate(reward[::-1], lambda g, r: r + gamma * g))[::-1]
-        cut = 0 if terminated else math.ceil(math.log(0.01) / math.log(gamma))
-        n = max(len(g) - cut, 0)
+        n = len(g) if terminated else (gamma ** np.arange(len(g), 0, -1) <= 0.01).sum()
         inputs = agent.obs_filter(obs[:n], update=False), action[:n]
         inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
         q, g = agent.critic.eval()(*inputs).cpu().numpy(), np.array(g[:n])

@@ -575,8 +575,7 @@ def q_bias(agent, episodes, gamma):
         bonus = -(agent.temperature() * log_prob).cpu().numpy()
         later = reward + gamma * np.append(bonus[1:], 0)
         g = list(itertools.accumulate(later[::-1], lambda g, r: r + gamma * g))[::-1]
-        cut = 0 if terminated else math.ceil(math.log(0.01) / math.log(gamma))
-        n = max(len(g) - cut, 0)
+        n = len(g) if terminated else (gamma ** np.arange(len(g), 0, -1) <= 0.01).sum()
         q, g = agent.critic.eval()(*inputs).mean(1).cpu().numpy()[:n], np.array(g[:n])
         errors.extend((q - g) / np.maximum(np.abs(g), 10))
     return {"q_bias": np.mean(errors), "q_bias_std": np.std(errors)} if errors else {}

@@ -22,7 +22,7 @@ LINES = {  # options: (label, color); legible in light and in dark
     ),
 }
 PANELS = {
-    "eval/return": "return of an evaluation",
+    "eval/return": "return in evaluation (sum of rewards)",
     "norm/actor_grad": "norm of the actor's gradient",
 }
 
@@ -66,7 +66,7 @@ def main():
             ax.plot(steps, iqm(values, 0), color=color, linewidth=2.2, label=label)
         ax.set(xlabel="environment steps", title=title)
         ax.grid(color="#808080", alpha=0.2)
-    axes[0].legend(loc="upper left")
+    axes[1].legend(loc="center")
     axes[1].set_yscale("log")
     figure.savefig(HERE / "figures" / "first.svg", transparent=True, metadata={"Date": None})
 

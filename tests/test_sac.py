@@ -271,7 +271,7 @@ def test_q_bias_by_brute_force():
         torch.set_rng_state(state)
         log_prob = agent.actor.sample(inputs[0])[1].detach().numpy()
         q = agent.critic(*inputs).detach().numpy().mean(1)
-        for t in range(n if terminated else n - 7):
+        for t in range(n if terminated else n - 6):
             g = sum(0.5**k * r for k, r in enumerate(reward[t:]))
             g -= 7 * sum(0.5**k * log_prob[t + k] for k in range(1, n - t))
             expected.append((q[t] - g) / max(abs(g), 10))
