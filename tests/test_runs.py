@@ -83,7 +83,7 @@ def test_fixed_filter_uses_the_file_and_never_learns(script, small):
     script.train(first)
     file = f"{first.run_dir}/obs_stats.npz"
     second = small(script, norm="fixed", norm_stats=file, seed=2)
-    script.train(second)
+    result = script.train(second)
     saved = checkpoint(second.run_dir)
     with np.load(file) as stats, np.load(f"{second.run_dir}/obs_stats.npz") as own:
         np.testing.assert_array_equal(saved["obs_filter"]["mean"], stats["mean"])
@@ -92,6 +92,9 @@ def test_fixed_filter_uses_the_file_and_never_learns(script, small):
         x = np.array([0.3, 0.5, 2.0])
         expected = (x - stats["mean"]) / (stats["std"] + 1e-8)
         np.testing.assert_allclose(agent.obs_filter(x, update=False), expected, rtol=1e-6)
+    Path(file).unlink()  # a run keeps its statistics with its weights
+    second.resume = second.run_dir
+    assert script.train(second)["eval"] == result["eval"]
 
 
 # ------------------------------------------------------------------------------------ Whole runs
