@@ -4,9 +4,9 @@ Run:
   python ddpg_bn.py --env Ant-v4
   python ddpg_bn.py --resume runs/Ant-v4/ddpg_bn/RUN
   python ddpg_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: the main job, to watch it fail
-  python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: one mend
-  The paper's own placement, on the state and on every layer before  # NORM flag: the action:
-  python ddpg_bn.py --norm batchnorm --norm-position input pre --action-layer 1  # NORM flag: Sec. 3
+  python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: one repair
+  The paper's own placement, the state and all layers before the action:  # NORM flag: Sec. 3
+  python ddpg_bn.py --norm batchnorm --norm-position input pre --action-layer 1  # NORM flag: DDPG's
 
 Implementation details, sections and equations of the paper (arXiv 1509.02971) unless said:
   (1) Replay of raw transitions, sampled uniformly (Sec. 3).
@@ -63,7 +63,7 @@ LOG_EVERY = 1000  # environment steps between two points of a loss or a diagnost
 @dataclass
 class Args:
     env: str = "HalfCheetah-v4"  # Gymnasium id of the environment
-    seed: int = 1  # seeds environment, action space, torch and numpy
+    seed: int = 1  # seeds environment, action space, torch and numpy's generator of the run
     total_steps: int = 1_000_000  # environment steps to train for
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
     eval_every: int = 10_000  # steps between evaluations; 0 for one at the end only
@@ -81,11 +81,12 @@ class Args:
     norm_stats: str = ""  # fixed: the obs_stats.npz of an earlier run
     # weight of the newest batch in the running statistics (torch's sense; TF and JAX: 1 - this)
     bn_momentum: float = 0.1
-    # batchrenorm: a layer's first training passes, which are plain batch norm (CrossQ: 100000)
+    # batchrenorm: a layer's first passes in train mode, which are plain batch norm (CrossQ: 100000)
     bn_warmup: int = 100_000
     # target networks use the running statistics, copied from the live ones, or their own batch's
     bn_target: Literal["eval", "train"] = "eval"
-    # in the actor's loss the critic uses the statistics of the policy's actions, or running ones
+    # in the actor's loss the critic uses the statistics of the batch of the policy's actions, which
+    # also move its running ones, or (eval) uses the running ones and moves nothing
     bn_policy_critic: Literal["train", "eval"] = "train"
     # (s, a) and (s', a') pass the critic as one batch and share its statistics (CrossNorm, CrossQ)
     bn_joint: bool = False
@@ -101,7 +102,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (256, 256)  # width of each hidden layer, in both networks
     max_grad_norm: float = 0.0  # longest gradient of a network; 0 for any length
     target_network: bool = True  # no: bootstrap from the live networks
-    action_layer: Literal[0, 1] = 0  # hidden layer at which the critic meets the action (10)
+    action_layer: Literal[0, 1] = 0  # action at the critic's input, or (1) second hidden layer (10)
 
 
 def fail(message):
@@ -153,7 +154,7 @@ class BatchRenorm(nn.BatchNorm1d):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with the constants of CrossQ.
 
     Training: y = gamma (x_hat r + d) + beta, where x_hat is batch norm's and the constants
-    r = std_B / std and d = (mean_B - mean) / std lead on to the running statistics: with r and d
+    r = std_B / std and d = (mean_B - mean) / std lead to the running statistics: with r and d
     unclipped, train and eval mode agree. r = 1 and d = 0, as in the warm-up, is batch norm.
     """
 
@@ -270,6 +271,7 @@ def make_agent(env, args, device):
     agent.actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
     agent.critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
     agent.obs_stat = RunningStat(obs_dim)  # NORM obs: every run counts the states it meets
+    agent.env = args.env  # NORM save: statistics say which environment they are of
     agent.obs_filter = make_filter(agent.obs_stat, args)  # NORM obs: for most --norm the identity
     return agent
 
@@ -286,7 +288,9 @@ def make_filter(obs_stat, args):
         obs_filter.stat = obs_stat
     if args.norm == "fixed" and not args.resume:
         try:
-            obs_filter.load(args.norm_stats)
+            env = obs_filter.load(args.norm_stats).get("env", args.env)
+            if env != args.env:
+                raise ValueError(f"they are of {env}")
         except Exception as error:
             fail(f"--norm-stats {args.norm_stats}: no statistics for --env {args.env} ({error})")
     return obs_filter
@@ -416,8 +420,8 @@ def gradient_step(optimizer, loss, max_grad_norm):
 def update_target(target, source, tau):
     """theta' <- (1 - tau) theta' + tau theta (7)."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-    for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: buffers
-        old.copy_(new)  # NORM target: are not in parameters(), and without this stay at 0 and 1
+    for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: a copy,
+        old.copy_(new)  # NORM target: since parameters() leaves out buffers, which stay at 0 and 1
 
 
 def update(agent, batch, args):
@@ -556,7 +560,7 @@ def save_run(run_dir, agent, buffer, generators, progress):
     # NORM begin: save: a policy is worth nothing without the statistics that it learnt with
     for name, stat in (("obs_stat", agent.obs_stat), ("obs_filter", agent.obs_filter.stat)):
         state[name] = {key: torch.from_numpy(value) for key, value in stat.state_dict().items()}
-    write(run_dir / "obs_stats.npz", agent.obs_stat.save)
+    write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
     # NORM end
     write(run_dir / "checkpoint.pt", lambda file: torch.save(state, file))
 
@@ -565,16 +569,16 @@ def load_run(run_dir, agent, buffer, generators):
     """Restore what `save_run` wrote and return its progress; nothing in the file is executed."""
     try:
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        for part in PARTS:
+            getattr(agent, part).load_state_dict(state[part])
+        buffer.load_state_dict(state["buffer"])
+        torch.set_rng_state(state["torch"])
+        for generator, saved in zip(generators, state["generators"], strict=True):
+            generator.bit_generator.state = saved
+        agent.obs_stat.load_state_dict(state["obs_stat"])  # NORM save: statistics come back
+        agent.obs_filter.stat.load_state_dict(state["obs_filter"])  # NORM save: with the weights
     except Exception as error:
-        fail(f"--resume {run_dir}: no checkpoint.pt that can be read ({type(error).__name__})")
-    for part in PARTS:
-        getattr(agent, part).load_state_dict(state[part])
-    buffer.load_state_dict(state["buffer"])
-    torch.set_rng_state(state["torch"])
-    for generator, saved in zip(generators, state["generators"], strict=True):
-        generator.bit_generator.state = saved
-    agent.obs_stat.load_state_dict(state["obs_stat"])  # NORM save: statistics come back
-    agent.obs_filter.stat.load_state_dict(state["obs_filter"])  # NORM save: with the weights
+        fail(f"--resume {run_dir}: no checkpoint.pt that fits ({type(error).__name__})")
     return state["progress"]
 
 
@@ -607,18 +611,24 @@ def make_run_dir(args):
 
 
 def open_run(args):
-    """Return the folder of the run, new or resumed, with options and versions in its args.json."""
-    if args.resume:
-        saved = asdict(saved_args(args.resume))
-        free = "total_steps", "eval_every", "eval_episodes", "save_every", "device"
-        for name, value in asdict(args).items():
-            if value != saved[name] and name not in free:
-                fail(f"--{name.replace('_', '-')} cannot change when a run resumes: leave it out")
-    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
+    """Return the folder of a new run, or of the one to resume if its options are the same."""
+    if not args.resume:
+        return make_run_dir(args)
+    saved = asdict(saved_args(args.resume))
+    free = "total_steps", "eval_every", "eval_episodes", "save_every", "device"
+    for name, value in asdict(args).items():
+        if value != saved[name] and name not in free:
+            fail(f"--{name.replace('_', '-')} cannot change when a run resumes: leave it out")
+    return Path(args.resume)
+
+
+def describe_run(run_dir, args):
+    """Write args.json, with options and versions; the run is not finished, so has no result."""
+    (run_dir / "result.json").unlink(missing_ok=True)
     versions = {x: importlib.metadata.version(x) for x in ("torch", "gymnasium", "mujoco", "numpy")}
-    about = {"args": asdict(replace(args, resume="")), "versions": versions}
-    write(run_dir / "args.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
-    return run_dir
+    about = {"script": Path(__file__).stem, "args": asdict(replace(args, resume=""))}
+    text = json.dumps(about | {"versions": versions}, indent=2)
+    write(run_dir / "args.json", lambda file: file.write(text.encode()))
 
 
 # ------------------------------------------------------------------------------------------ Train
@@ -627,15 +637,16 @@ def open_run(args):
 def make_env(args):
     """Return the environment; end with one line if it is unknown or does not suit the algorithm."""
     try:
-        env = gym.wrappers.RecordEpisodeStatistics(gym.make(args.env))
-    except gym.error.Error as error:
+        env = gym.make(args.env)
+    except (gym.error.Error, ImportError) as error:
         fail(f"--env {args.env}: {error}")
     obs_space, action_space = env.observation_space, env.action_space
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         fail(f"--env {args.env} observes {obs_space}: choose one that observes a vector")
     if not isinstance(action_space, gym.spaces.Box) or not action_space.is_bounded():
         fail(f"--env {args.env} acts in {action_space}: choose one with bounded continuous actions")
-    return env
+    env = gym.wrappers.TransformObservation(env, np.float32, obs_space)  # as the replay keeps them
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 def report_evaluation(agent, env, args, step, writer, bar):
@@ -645,8 +656,8 @@ def report_evaluation(agent, env, args, step, writer, bar):
     mean, std = float(np.mean(returns)), float(np.std(returns))
     writer.add_scalar("eval/return", mean, step)
     writer.add_scalar("eval/return_std", std, step)
-    for name, value in q_bias(agent, episodes, args.gamma).items():  # NORM report: does the critic
-        writer.add_scalar(f"norm/{name}", value, step)  # NORM report: still tell the truth?
+    for name, value in q_bias(agent, episodes, args.gamma).items():  # NORM report: is Q the return?
+        writer.add_scalar(f"norm/{name}", value, step)  # NORM report: bias of Q, mean and std
     bar.set_postfix_str(f"return {mean:.1f} ± {std:.1f}")
     if bar.disable and step < args.total_steps:  # no terminal to draw on
         print(f"step {step} of {args.total_steps}: return {mean:.1f} ± {std:.1f}", flush=True)
@@ -674,6 +685,9 @@ def train(args):
     if args.resume:
         step, updates, evaluations = load_run(run_dir, agent, buffer, generators)
         evaluations = [e for e in evaluations if e[0] < args.total_steps]  # the last is made anew
+        if step > args.total_steps:
+            fail(f"--total-steps {args.total_steps} is less than the run has: {step}")
+    describe_run(run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=step + 1 if args.resume else None)
     writer.add_custom_scalars(PANELS)  # NORM report: the normalization panel comes first
     print(f"run: {run_dir}", flush=True)
@@ -681,7 +695,7 @@ def train(args):
     bar = tqdm(total=args.total_steps, initial=step, unit="step", smoothing=0.01, disable=None)
     start_time, start_step, save_step = time.time(), step, step + args.save_every
     obs = None  # an episode is to begin
-    while step < args.total_steps and not diverged:
+    while step < args.total_steps:
         # act
         if obs is None:
             obs, _ = env.reset()
@@ -707,18 +721,20 @@ def train(args):
             updates += 1
             diverged = not math.isfinite(losses["critic"])
         # report
+        if diverged:
+            break
         if updates and step % LOG_EVERY == 0:
             writer.add_scalar("charts/SPS", (step - start_step) / (time.time() - start_time), step)
             for name, value in losses.items():
                 writer.add_scalar(f"losses/{name}", value, step)
-            for name, value in norm_scalars(agent, batch).items():  # NORM report: changes nothing,
-                writer.add_scalar(f"norm/{name}", value, step)  # NORM report: shows everything
+            for name, value in norm_scalars(agent, batch).items():  # NORM report: on copies
+                writer.add_scalar(f"norm/{name}", value, step)  # NORM report: see norm_scalars
         if args.eval_every and step % args.eval_every == 0 and step < args.total_steps:
             evaluations.append(report_evaluation(agent, eval_env, args, step, writer, bar))
         if terminated or truncated:
             writer.add_scalar("charts/episodic_return", info["episode"]["r"], step)
             writer.add_scalar("charts/episodic_length", info["episode"]["l"], step)
-            if step >= save_step and not diverged:
+            if step >= save_step:
                 save_run(run_dir, agent, buffer, generators, (step, updates, evaluations))
                 save_step = step + args.save_every
             obs = None
@@ -744,4 +760,4 @@ if __name__ == "__main__":
     try:
         sys.exit(3 if train(args)["diverged"] else 0)
     except KeyboardInterrupt:
-        sys.exit("stopped: --resume continues from the last checkpoint")
+        sys.exit("stopped: --resume continues a run that has a checkpoint.pt")

@@ -53,14 +53,18 @@ class RunningStat:
             raise ValueError("statistics are not finite, or a variance or the count is negative")
         self.count, self.mean, self.m2 = int(count), mean, m2
 
-    def save(self, file):
-        """Write count, mean, m2 and (for people) std to an .npz: a path or an open binary file."""
-        np.savez(file, **self.state_dict(), std=self.std)
+    def save(self, file, **about):
+        """Write count, mean, m2, for people std, and words about them to an .npz file or path."""
+        np.savez(file, **self.state_dict(), std=self.std, **about)
 
     def load(self, file):
-        """Read what `save` wrote, without pickle. OSError, KeyError, ValueError: no such file."""
+        """Read what `save` wrote, without pickle, and return the words about it, {name: str}.
+
+        Raises OSError, KeyError or ValueError for a file that is none of ours.
+        """
         with np.load(file, allow_pickle=False) as state:
             self.load_state_dict(state)
+            return {k: str(v) for k, v in state.items() if k not in ("count", "mean", "m2", "std")}
 
 
 class ZFilter:
@@ -86,10 +90,10 @@ class ZFilter:
             x = np.clip(x, -self.clip, self.clip)
         return x
 
-    def save(self, file):
-        """Write the statistics; the switches are the caller's."""
-        self.stat.save(file)
+    def save(self, file, **about):
+        """Write the statistics as `RunningStat.save` does; the switches are the caller's."""
+        self.stat.save(file, **about)
 
     def load(self, file):
-        """Read the statistics; errors as in `RunningStat.load`."""
-        self.stat.load(file)
+        """Read the statistics as `RunningStat.load` does."""
+        return self.stat.load(file)

@@ -11,12 +11,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 class Countdown(gym.Env):
-    """Observes (t, episode), pays 1 + t, and ends by itself in every second episode at t = 5.
+    """Observes (t, episode, 0.7), pays 1 + t, and every second episode dies at t = 5.
 
     Registered with a time limit of 8 steps; the bounds of the action are (-1, 3).
     """
 
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
     action_space = gym.spaces.Box(np.float32([-1.0]), np.float32([3.0]))
     episode = 0
     reward_scale = 1.0
@@ -27,7 +27,7 @@ class Countdown(gym.Env):
         return self.observe(), {}
 
     def observe(self):
-        return np.array([self.t, self.episode], np.float64)
+        return np.array([self.t, self.episode, 0.7], np.float64)
 
     def step(self, action):
         assert self.action_space.contains(action), action

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import same
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ddpg_bn
 
@@ -139,7 +140,9 @@ def test_the_main_job_reaches_updates(script, tmp_path):
 # ---------------------------------------------------------------------- Kill, resume, go on
 
 
-@pytest.mark.parametrize("norm", ["none", "batchrenorm --bn-warmup 60", "zfilter"])
+@pytest.mark.parametrize(
+    "norm", ["none", "batchrenorm --bn-warmup 60", "zfilter --learning-starts 500"]
+)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_and_resumed_equals_never_killed(script, norm, tmp_path):
     options = f"{TINY} --norm {norm} --total-steps 1500 --save-every 200"
@@ -147,9 +150,11 @@ def test_killed_and_resumed_equals_never_killed(script, norm, tmp_path):
     code, _, err = run(path, f"{options} --run-dir whole", tmp_path)
     assert code == 0, err
     process = run(path, f"{options} --run-dir killed", tmp_path, wait=False)
+    deadline = time.time() + 120
     while not (tmp_path / "killed/checkpoint.pt").exists():
+        assert process.poll() is None and time.time() < deadline, process.communicate()
         time.sleep(0.01)
-    time.sleep(0.3)
+    time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed/result.json").exists()
@@ -158,7 +163,12 @@ def test_killed_and_resumed_equals_never_killed(script, norm, tmp_path):
     assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed"))
     results = [json.loads((tmp_path / d / "result.json").read_text()) for d in ("whole", "killed")]
     assert results[0]["eval"] == results[1]["eval"] and len(results[0]["eval"]) == 5
-    assert results[0]["updates"] == results[1]["updates"] == 1400
+    assert results[0]["updates"] == results[1]["updates"]
+    events = EventAccumulator(str(tmp_path / "killed"))
+    events.Reload()
+    for tag in events.Tags()["scalars"]:  # TensorBoard shows no point twice
+        steps = [event.step for event in events.Scalars(tag)]
+        assert steps == sorted(set(steps)), tag
 
 
 def test_resume_extends_and_evaluates_again(small, capsys):
@@ -173,7 +183,12 @@ def test_resume_extends_and_evaluates_again(small, capsys):
     assert ddpg_bn.train(whole)["eval"] == extended["eval"]
     a, b = checkpoint(short.run_dir), checkpoint(whole.run_dir)
     assert same(a["critic"], b["critic"]) and same(a["actor_optimizer"], b["actor_optimizer"])
-    again.critic_lr = 0.5
+    again.total_steps = 700
+    with pytest.raises(SystemExit):
+        ddpg_bn.train(again)
+    assert "--total-steps 700 is less than the run has: 800" in capsys.readouterr().err
+    assert json.loads(Path(short.run_dir, "result.json").read_text())["steps"] == 800
+    again.total_steps, again.critic_lr = 800, 0.5
     capsys.readouterr()
     with pytest.raises(SystemExit):
         ddpg_bn.train(again)

@@ -14,13 +14,18 @@ from conftest import checkpoint, same, tags
 def test_training_stores_raw_transitions_and_bootstraps_through_time_outs(script, small, norm):
     args = small(script, env="Countdown-v0", norm=norm, total_steps=200)
     script.train(args)
-    obs, _, reward, next_obs, terminated = checkpoint(args.run_dir)["buffer"]["data"]
+    obs, action, reward, next_obs, terminated = checkpoint(args.run_dir)["buffer"]["data"]
     t, episode, t_next, episode_next = obs[:, 0], obs[:, 1], next_obs[:, 0], next_obs[:, 1]
     assert torch.equal(t_next, t + 1) and torch.equal(episode_next, episode)  # never the next reset
     assert torch.equal(reward, 1 + t_next)
     assert torch.equal(terminated == 1, (t_next == 5) & (episode % 2 == 0))
     timed_out = t_next == 8
     assert timed_out.sum() > 10 and terminated[timed_out].sum() == 0  # time-outs are no deaths
+    space = gym.make("Countdown-v0").action_space
+    space.seed(args.seed)
+    drawn = np.array([space.sample() for _ in range(101)])
+    np.testing.assert_array_equal(action[:100], drawn[:100])  # random until learning starts
+    assert not np.array_equal(action[100], drawn[100])
 
 
 # ------------------------------------------------------------------------- Filters in a run
@@ -62,23 +67,32 @@ def test_statistics_are_those_of_all_training_observations(script, small, norm, 
 
 
 def test_zfilter_feeds_acting_and_learning_the_same(script, small, monkeypatch):
-    learnt = []
-    original = script.update
+    """To the bit, also where a feature is a constant, which float32 and float64 round apart."""
+    acted, learnt = {}, []
+    original, explore = script.update, script.explore
+
+    def exploring(agent, obs, *rest):
+        if agent.obs_stat.count == 250:
+            acted[tuple(obs)] = agent.obs_filter(obs, update=False)
+        return explore(agent, obs, *rest)
 
     def update(agent, batch, *rest):
-        learnt.append((batch, agent.obs_stat.mean, agent.obs_stat.std))
+        learnt.append((agent.obs_stat.mean, agent.obs_stat.std, batch))
         return original(agent, batch, *rest)
 
     monkeypatch.setattr(script, "update", update)
-    args = small(script, norm="zfilter", total_steps=300)
+    monkeypatch.setattr(script, "explore", exploring)
+    args = small(script, env="Countdown-v0", norm="zfilter", total_steps=300)
     script.train(args)
-    batch, mean, std = learnt[-1]
     raw = checkpoint(args.run_dir)["buffer"]["data"][0].double().numpy()
+    mean, std, batch = learnt[-1]
     rows = {tuple(np.float32(x)) for x in ((raw - mean) / (std + 1e-8)).clip(-10, 10)}
     assert {tuple(x.numpy()) for x in batch.obs} <= rows
+    assert (batch.obs[:, 2] == 0).all()
+    assert acted and all(z[2] == 0 for z in acted.values())
 
 
-def test_fixed_filter_uses_the_file_and_never_learns(script, small):
+def test_fixed_filter_uses_the_file_and_never_learns(script, small, capsys):
     first = small(script)
     script.train(first)
     file = f"{first.run_dir}/obs_stats.npz"
@@ -92,6 +106,10 @@ def test_fixed_filter_uses_the_file_and_never_learns(script, small):
         x = np.array([0.3, 0.5, 2.0])
         expected = (x - stats["mean"]) / (stats["std"] + 1e-8)
         np.testing.assert_allclose(agent.obs_filter(x, update=False), expected, rtol=1e-6)
+    foreign = small(script, norm="fixed", norm_stats=file, env="Countdown-v0")
+    with pytest.raises(SystemExit):  # as wide, but of another environment
+        script.train(foreign)
+    assert "Pendulum-v1" in capsys.readouterr().err and not Path(foreign.run_dir).exists()
     Path(file).unlink()  # a run keeps its statistics with its weights
     second.resume = second.run_dir
     assert script.train(second)["eval"] == result["eval"]
@@ -160,7 +178,7 @@ def test_same_seed_same_bits_and_evaluation_changes_nothing(script, small, norm)
 
 
 def test_a_run_that_diverges_says_so(script, small, capsys):
-    args = small(script, env="HugeReward-v0")
+    args = small(script, env="HugeReward-v0", eval_every=101)
     result = script.train(args)
     assert result["diverged"] and result["steps"] == 101 and result["eval"] == []
     err = capsys.readouterr().err.strip().splitlines()[-1]

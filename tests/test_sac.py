@@ -61,7 +61,7 @@ def test_log_probability_is_that_of_torch(env):
 def test_log_probability_integrates_to_one_in_units_of_the_action():
     agent, _, _ = make_agent(env="Countdown-v0")
     a = torch.linspace(-1 + 1e-4, 3 - 1e-4, 200_001).unsqueeze(1)
-    policy = distribution(agent.actor, torch.zeros(1, 2))
+    policy = distribution(agent.actor, torch.zeros(1, 3))
     assert abs(torch.trapezoid(policy.log_prob(a).exp(), a[:, 0]) - 1) < 1e-3
 
 

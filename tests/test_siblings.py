@@ -10,7 +10,7 @@ import sac_bn
 SAME = """
     fail changed_norm_options BatchRenorm norm_layer add_norm hidden_layers make_filter filter_batch
     Batch ReplayBuffer q_values gradient_step update_target evaluate probe norm_scalars write
-    save_run load_run saved_args make_run_dir open_run make_env report_evaluation
+    save_run load_run saved_args make_run_dir open_run describe_run make_env report_evaluation
 """.split()  # noqa: SIM905
 
 

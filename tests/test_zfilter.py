@@ -90,8 +90,8 @@ def test_only_update_learns():
 def test_save_and_load_to_the_bit_and_learn_on(tmp_path):
     a, b = ZFilter(3), ZFilter(3)
     a(history(100, 1e8))
-    a.save(tmp_path / "stats.npz")
-    b.load(tmp_path / "stats.npz")
+    a.save(tmp_path / "stats.npz", env="Ant-v4")
+    assert b.load(tmp_path / "stats.npz") == {"env": "Ant-v4"}
     more = history(50) - 4
     np.testing.assert_array_equal(a(more), b(more))
     with np.load(tmp_path / "stats.npz") as saved:  # people find the std in the file too
