@@ -20,9 +20,9 @@ NOT_OPTIONS = "env", "seed", "run_dir", "resume", "save_every", "device"
 
 
 def rows(run_dir, commit):
-    """Yield the rows of one run; of one that was stopped, as far as it came."""
+    """Yield the rows of one run; of one that was stopped or diverged, as far as it came."""
     about = json.loads((run_dir / "args.json").read_text())
-    script = run_dir.parent.name
+    script = about.get("script", run_dir.parent.name)
     default = json.loads(json.dumps(dataclasses.asdict(importlib.import_module(script).Args())))
     changed = {k: v for k, v in about["args"].items() if v != default[k] and k not in NOT_OPTIONS}
     options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in changed.items())
@@ -32,8 +32,9 @@ def rows(run_dir, commit):
     events.Reload()
     for scalar in SCALARS:
         if scalar in events.Tags()["scalars"]:
-            for event in events.Scalars(scalar):
-                yield *run, scalar, event.step, f"{event.value:.6g}"
+            last = {event.step: event.value for event in events.Scalars(scalar)}
+            for step, value in last.items():  # a finished run that is resumed is evaluated again
+                yield *run, scalar, step, f"{value:.6g}"
 
 
 if __name__ == "__main__":

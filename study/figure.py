@@ -62,6 +62,8 @@ def main():
             for points in seeds.values():
                 ax.plot(*zip(*points, strict=True), color=color, alpha=0.35, linewidth=0.8)
             steps = [step for step, _ in next(iter(seeds.values()))]
+            if any([step for step, _ in points] != steps for points in seeds.values()):
+                raise SystemExit(f"{options}: a seed was stopped early; collect finished runs only")
             values = np.array([[value for _, value in points] for points in seeds.values()])
             ax.plot(steps, iqm(values, 0), color=color, linewidth=2.2, label=label)
         ax.set(xlabel="environment steps", title=title)
