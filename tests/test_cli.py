@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -27,13 +28,14 @@ def run(script, options, cwd, wait=True):
     process = subprocess.Popen(
         [sys.executable, script, *options.split()],
         cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # tiny networks, and a machine may be busy
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     if not wait:
         return process
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
