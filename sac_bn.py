@@ -122,8 +122,10 @@ def fail(message):
 
 # NORM begin: flag: what was asked for beyond --norm
 def changed_norm_options(args):
-    """Return {name: value} of the options --norm-* and --bn-* that are not at their defaults."""
-    options = {k: v for k, v in asdict(args).items() if k.startswith(("norm_", "bn_"))}
+    """Return {name: value} of the options of normalization that are not at their defaults."""
+    options = {
+        k: v for k, v in asdict(args).items() if k.startswith(("norm_", "bn_", "reward_norm"))
+    }
     return {k: v for k, v in options.items() if v != getattr(Args, k)}
 
 
@@ -524,7 +526,8 @@ def probe(net, *inputs):
     net, lags, dead = copy.deepcopy(net), [], []
 
     def measure_lag(layer, inputs):
-        var, mean = torch.var_mean(inputs[0], 0, correction=0)
+        x = inputs[0].movedim(1, -1).flatten(0, -2)  # an image counts as many samples
+        var, mean = torch.var_mean(x, 0, correction=0)
         lags.append(((layer.running_mean - mean).abs() / (var + layer.eps).sqrt()).mean().item())
 
     def count_dead(layer, inputs, output):
@@ -532,7 +535,7 @@ def probe(net, *inputs):
 
     eval_output = net.eval()(*inputs)
     for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm1d):
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             layer.register_forward_pre_hook(measure_lag)
         if isinstance(layer, nn.ReLU):
             layer.register_forward_hook(count_dead)

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 class Countdown(gym.Env):
-    """Observes (t, episode, 0.7), pays 1 + t, and every second episode dies at t = 5.
+    """Observes (t, episode, 0.7), pays 1 + t, and every second episode (or k-th) dies at t = 5.
 
     Registered with a time limit of 8 steps; the bounds of the action are (-1, 3).
     """
@@ -19,6 +19,7 @@ class Countdown(gym.Env):
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
     action_space = gym.spaces.Box(np.float32([-1.0]), np.float32([3.0]))
     episode = 0
+    every = 2
     reward_scale = 1.0
 
     def reset(self, seed=None, options=None):
@@ -32,15 +33,42 @@ class Countdown(gym.Env):
     def step(self, action):
         assert self.action_space.contains(action), action
         self.t += 1
-        dies = self.t == 5 and self.episode % 2 == 0
+        dies = self.t == 5 and self.episode % self.every == 0
         return self.observe(), self.reward_scale * (1.0 + self.t), dies, False, {}
+
+
+class RareDeath(Countdown):
+    every = 4
 
 
 class HugeReward(Countdown):
     reward_scale = 1e30
 
 
+class Picture(gym.Env):
+    """Observes an image of 10 x 10 x 2 bits; the action that names the lit row pays 1."""
+
+    observation_space = gym.spaces.Box(0, 1, (10, 10, 2), bool)
+    action_space = gym.spaces.Discrete(10)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observe(), {}
+
+    def observe(self):
+        self.row = int(self.np_random.integers(10))
+        image = np.zeros((10, 10, 2), bool)
+        image[self.row, :, 1] = True
+        return image
+
+    def step(self, action):
+        reward = float(action == self.row)
+        return self.observe(), reward, False, False, {}
+
+
 gym.register("Countdown-v0", Countdown, max_episode_steps=8)
+gym.register("RareDeath-v0", RareDeath, max_episode_steps=8)
+gym.register("Picture-v0", Picture, max_episode_steps=10)
 gym.register("HugeReward-v0", HugeReward, max_episode_steps=8)
 
 
@@ -58,14 +86,17 @@ def small(tmp_path):
         tiny = {
             "env": "Pendulum-v1",
             "total_steps": 400,
-            "learning_starts": 100,
-            "batch_size": 32,
             "hidden_sizes": (16, 16),
             "eval_every": 0,
             "eval_episodes": 1,
-            "buffer_size": 1000,
             "run_dir": str(tmp_path / f"run{next(runs)}"),
         }
+        if script.__name__ in ("ddpg_bn", "sac_bn"):
+            tiny |= {"learning_starts": 100, "batch_size": 32, "buffer_size": 1000}
+        else:
+            tiny |= {"env": "CartPole-v1", "num_envs": 4}
+        if script.__name__ == "ppo_bn":
+            tiny |= {"num_steps": 32, "minibatches": 4, "epochs": 2}
         return script.Args(**tiny | options)
 
     return make
@@ -85,6 +116,12 @@ def same(a, b):
 @pytest.fixture(params=["ddpg_bn", "sac_bn"])
 def script(request):
     """Each script that learns from a replay buffer, as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(params=["reinforce_bn", "ppo_bn"])
+def on_policy(request):
+    """Each script that learns from what its policy has just met, as a module."""
     return importlib.import_module(request.param)
 
 

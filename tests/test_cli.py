@@ -18,9 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ddpg_bn
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["ddpg_bn", "sac_bn"]
-TINY = "--env Pendulum-v1 --learning-starts 100 --batch-size 32 --hidden-sizes 16 16"
-TINY += " --eval-every 300 --eval-episodes 1 --device cpu"
+OFF_POLICY, ON_POLICY = ["ddpg_bn", "sac_bn"], ["reinforce_bn", "ppo_bn"]
+SCRIPTS = OFF_POLICY + ON_POLICY
+SHORT = "--hidden-sizes 16 16 --eval-every 300 --eval-episodes 1 --device cpu"
+TINY = dict.fromkeys(OFF_POLICY, f"--env Pendulum-v1 --learning-starts 100 --batch-size 32 {SHORT}")
+TINY["reinforce_bn"] = f"--env CartPole-v1 --num-envs 4 {SHORT}"
+TINY["ppo_bn"] = f"--env Pendulum-v1 --num-envs 4 --num-steps 25 --minibatches 4 {SHORT}"
 
 
 def run(script, options, cwd, wait=True):
@@ -46,33 +49,65 @@ def checkpoint(run_dir):
 # ------------------------------------------------------------------------------ Mistakes
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+def with_scripts(scripts, mistakes):
+    return [(script, *mistake) for script in scripts for mistake in mistakes]
+
+
 @pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"norm": "zfilter", "norm_position": ("pre",)}, ["--norm-position", "zfilter"]),
-        ({"norm_position": ("pre",)}, ["--norm-position", "--norm"]),
-        ({"norm": "fixed"}, ["--norm fixed", "--norm-stats"]),
-        ({"norm_stats": "x.npz"}, ["--norm fixed", "--norm-stats"]),
-        ({"norm": "fixed", "norm_stats": "no/such.npz"}, ["--norm-stats", "no/such.npz"]),
-        ({"norm": "fixed", "norm_stats": __file__}, ["--norm-stats", "no statistics"]),
-        ({"bn_joint": True}, ["--bn-joint", "batchnorm"]),
-        ({"norm": "layernorm", "bn_policy_critic": "eval"}, ["--bn-policy-critic", "batchnorm"]),
-        ({"norm": "layernorm", "bn_momentum": 0.01}, ["--bn-momentum", "batchnorm"]),
-        ({"norm": "batchnorm", "bn_warmup": 5}, ["--bn-warmup", "batchrenorm"]),
-        ({"norm": "batchnorm", "norm_net": "actor", "bn_joint": True}, ["--norm-net actor"]),
-        ({"norm": "zfilter", "norm_net": "actor"}, ["--norm-net"]),
-        (
-            {"norm": "batchnorm", "bn_target": "train", "target_network": False},
-            ["--bn-target", "--no-target-network"],
-        ),
-        ({"norm": "batchnorm", "batch_size": 1}, ["--batch-size"]),
-        ({"env": "Nope-v9"}, ["--env Nope-v9"]),
-        ({"env": "CartPole-v1"}, ["--env CartPole-v1", "continuous"]),
-        ({"env": "FrozenLake-v1"}, ["--env FrozenLake-v1", "vector"]),
-        ({"resume": "no/such/run"}, ["--resume no/such/run"]),
-        ({"device": "cuda"}, ["--device cuda"]),
-    ],
+    "script, options, words",
+    with_scripts(
+        SCRIPTS,
+        [
+            ({"norm": "zfilter", "norm_position": ("pre",)}, ["--norm-position", "zfilter"]),
+            ({"norm_position": ("pre",)}, ["--norm-position", "--norm"]),
+            ({"norm": "fixed"}, ["--norm fixed", "--norm-stats"]),
+            ({"norm_stats": "x.npz"}, ["--norm fixed", "--norm-stats"]),
+            ({"norm": "fixed", "norm_stats": "no/such.npz"}, ["--norm-stats", "no/such.npz"]),
+            ({"norm": "fixed", "norm_stats": __file__}, ["--norm-stats", "no statistics"]),
+            ({"norm": "layernorm", "bn_momentum": 0.01}, ["--bn-momentum", "batchnorm"]),
+            ({"norm": "batchnorm", "bn_warmup": 5}, ["--bn-warmup", "batchrenorm"]),
+            ({"norm": "zfilter", "norm_net": "actor"}, ["--norm-net"]),
+            ({"env": "Nope-v9"}, ["--env Nope-v9"]),
+            ({"env": "FrozenLake-v1"}, ["--env FrozenLake-v1", "observes"]),
+            ({"resume": "no/such/run"}, ["--resume no/such/run"]),
+            ({"device": "cuda"}, ["--device cuda"]),
+        ],
+    )
+    + with_scripts(
+        OFF_POLICY,
+        [
+            ({"bn_joint": True}, ["--bn-joint", "batchnorm"]),
+            (
+                {"norm": "layernorm", "bn_policy_critic": "eval"},
+                ["--bn-policy-critic", "batchnorm"],
+            ),
+            ({"norm": "batchnorm", "norm_net": "actor", "bn_joint": True}, ["--norm-net actor"]),
+            (
+                {"norm": "batchnorm", "bn_target": "train", "target_network": False},
+                ["--bn-target", "--no-target-network"],
+            ),
+            ({"norm": "batchnorm", "batch_size": 1}, ["--batch-size"]),
+            ({"env": "CartPole-v1"}, ["--env CartPole-v1", "continuous"]),
+        ],
+    )
+    + with_scripts(
+        ON_POLICY,
+        [
+            ({"norm": "layernorm", "bn_rollout": "train"}, ["--bn-rollout", "batchnorm"]),
+            ({"bn_recalibrate": 5}, ["--bn-recalibrate", "batchnorm"]),
+            ({"norm": "batchnorm", "bn_rollout": "train", "num_envs": 1}, ["--num-envs 2"]),
+            ({"norm": "batchnorm", "network": "linear"}, ["--norm-position input"]),
+            ({"norm": "batchrenorm", "network": "cnn"}, ["--norm batchrenorm", "--network cnn"]),
+            ({"network": "cnn"}, ["--network cnn", "observes"]),
+        ],
+    )
+    + with_scripts(
+        ["ppo_bn"],
+        [
+            ({"minibatches": 7}, ["--minibatches 7", "2048"]),
+            ({"norm": "batchnorm", "minibatches": 2048}, ["--minibatches", "batch statistics"]),
+        ],
+    ),
     ids=str,
 )
 def test_a_mistake_gets_one_line_and_leaves_nothing(
@@ -126,28 +161,38 @@ def test_runs_of_the_same_second_do_not_collide(small, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_main_job_reaches_updates(script, tmp_path):
-    options = "--norm batchnorm --env Ant-v4 --total-steps 600 --learning-starts 500"
+    options = "--norm batchnorm --env Ant-v4 --total-steps 600"
+    options += " --learning-starts 500" if script in OFF_POLICY else " --num-envs 4"
+    options += " --num-steps 60 --minibatches 8 --epochs 2" if script == "ppo_bn" else ""
     code, out, err = run(ROOT / f"{script}.py", f"{options} --eval-episodes 1", tmp_path)
     assert code == 0, err
     lines = out.strip().splitlines()
     run_dir = lines[0].removeprefix("run: ")
     assert run_dir.startswith(f"runs/Ant-v4/{script}/batchnorm-seed1-")
-    assert lines[-3].startswith("final evaluation at step 600: return ")
+    assert re.match(r"final evaluation at step \d+: return ", lines[-3])
     assert lines[-2:] == [f"files: {run_dir}", f"look:  tensorboard --logdir {run_dir}"]
     files = {path.name.split(".")[0] for path in (tmp_path / run_dir).iterdir()}
     assert files == {"args", "checkpoint", "events", "obs_stats", "result"}
-    assert json.loads((tmp_path / run_dir / "result.json").read_text())["updates"] == 100
+    result = json.loads((tmp_path / run_dir / "result.json").read_text())
+    updates = {"ddpg_bn": 100, "sac_bn": 100, "ppo_bn": 48}
+    assert result["updates"] == updates.get(script, result["updates"]) >= 21
+    assert result["steps"] == {"ppo_bn": 720}.get(script, result["steps"]) >= 600
 
 
 # ---------------------------------------------------------------------- Kill, resume, go on
 
 
 @pytest.mark.parametrize(
-    "norm", ["none", "batchrenorm --bn-warmup 60", "zfilter --learning-starts 500"]
+    "script, norm",
+    [
+        *((s, n) for s in SCRIPTS for n in ("none", "batchrenorm --bn-warmup 60")),
+        *((s, "zfilter --learning-starts 500") for s in OFF_POLICY),
+        *((s, "zfilter --reward-norm") for s in ON_POLICY),
+    ],
 )
-@pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_and_resumed_equals_never_killed(script, norm, tmp_path):
-    options = f"{TINY} --norm {norm} --total-steps 1500 --save-every 200"
+    steps = 1500 if script in OFF_POLICY else 6000  # long enough to be killed before the end
+    options = f"{TINY[script]} --norm {norm} --total-steps {steps} --save-every 200"
     path = ROOT / f"{script}.py"
     code, _, err = run(path, f"{options} --run-dir whole", tmp_path)
     assert code == 0, err
@@ -164,7 +209,7 @@ def test_killed_and_resumed_equals_never_killed(script, norm, tmp_path):
     assert code == 0, err
     assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed"))
     results = [json.loads((tmp_path / d / "result.json").read_text()) for d in ("whole", "killed")]
-    assert results[0]["eval"] == results[1]["eval"] and len(results[0]["eval"]) == 5
+    assert results[0]["eval"] == results[1]["eval"] and len(results[0]["eval"]) >= 5
     assert results[0]["updates"] == results[1]["updates"]
     events = EventAccumulator(str(tmp_path / "killed"))
     events.Reload()
@@ -263,7 +308,7 @@ def test_stripped_script_is_plain_and_complete(script, tmp_path):
     ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--line-length", "100"]
     ruff = subprocess.run([*ruff, "--select", "E,F,W,B,UP,RUF", path], capture_output=True)
     assert ruff.returncode == 0, ruff.stdout
-    options = f"{TINY} --total-steps 700 --run-dir"
+    options = f"{TINY[script]} --total-steps 700 --run-dir"
     empty = tmp_path / "empty"
     empty.mkdir()
     path = path.rename(empty / path.name)
@@ -272,13 +317,16 @@ def test_stripped_script_is_plain_and_complete(script, tmp_path):
     code, _, err = run(ROOT / f"{script}.py", f"{options} {tmp_path}/none --norm none", tmp_path)
     assert code == 0, err
     a, b = checkpoint(tmp_path / "plain"), checkpoint(tmp_path / "none")
-    assert b.keys() - a.keys() == {"obs_stat", "obs_filter"}
+    statistics = {"obs_stat", "obs_filter"} | ({"reward_stat"} if script in ON_POLICY else set())
+    assert b.keys() - a.keys() == statistics
     assert same(a, {key: b[key] for key in a})
     results = [json.loads((tmp_path / d / "result.json").read_text()) for d in ("plain", "none")]
-    assert results[0]["eval"] == results[1]["eval"] and results[0]["updates"] == 600
+    assert results[0]["eval"] == results[1]["eval"]
+    updates = {"ddpg_bn": 600, "sac_bn": 600, "ppo_bn": 7 * 10 * 4}
+    assert results[0]["updates"] == updates.get(script, results[1]["updates"]) > 100
 
 
-KINDS = "flag", "obs", "layer", "mode", "batch", "target", "report", "save"
+KINDS = "flag", "obs", "reward", "layer", "mode", "batch", "target", "report", "save"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -5,24 +5,44 @@ import inspect
 import pytest
 
 import ddpg_bn
+import ppo_bn
+import reinforce_bn
 import sac_bn
 
-SAME = """
-    fail changed_norm_options BatchRenorm norm_layer add_norm hidden_layers make_filter filter_batch
-    Batch ReplayBuffer q_values gradient_step update_target evaluate probe norm_scalars write
-    save_run load_run saved_args make_run_dir open_run describe_run make_env report_evaluation
+SCRIPTS = reinforce_bn, ppo_bn, ddpg_bn, sac_bn
+ALL = """
+    fail changed_norm_options BatchRenorm hidden_layers make_filter gradient_step probe write
+    saved_args make_run_dir open_run describe_run
+""".split()  # noqa: SIM905
+OFF_POLICY = """
+    norm_layer add_norm filter_batch Batch ReplayBuffer q_values update_target evaluate norm_scalars
+    save_run load_run make_env report_evaluation
+""".split()  # noqa: SIM905
+ON_POLICY = """
+    norm_layer add_norm make_net Critic RewardScale Batch as_input act explore state_value evaluate
+    moment_gap norm_scalars act_in_train_mode recalibrate save_run load_run make_envs
+    report_evaluation report_modes
 """.split()  # noqa: SIM905
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", ALL)
+def test_all_four_share_it(name):
+    assert len({inspect.getsource(getattr(script, name)) for script in SCRIPTS}) == 1
+
+
+@pytest.mark.parametrize("name", OFF_POLICY)
 def test_ddpg_and_sac_share_it(name):
-    a, b = (inspect.getsource(getattr(script, name)) for script in (ddpg_bn, sac_bn))
-    assert a == b
+    assert len({inspect.getsource(getattr(script, name)) for script in (ddpg_bn, sac_bn)}) == 1
+
+
+@pytest.mark.parametrize("name", ON_POLICY)
+def test_reinforce_and_ppo_share_it(name):
+    assert len({inspect.getsource(getattr(script, name)) for script in (reinforce_bn, ppo_bn)}) == 1
 
 
 def test_banners_stand_in_the_same_order():
     banners = [
         [line for line in inspect.getsource(script).splitlines() if line.startswith("# ----")]
-        for script in (ddpg_bn, sac_bn)
+        for script in SCRIPTS
     ]
-    assert banners[0] == banners[1] and len(banners[0]) == 8
+    assert all(found == banners[0] for found in banners) and len(banners[0]) == 8

@@ -1,0 +1,816 @@
+"""REINFORCE in one file (Williams 1992, Simple Statistical Gradient-Following Algorithms).
+
+Run:
+  python reinforce_bn.py --env CartPole-v1
+  python reinforce_bn.py --resume runs/CartPole-v1/reinforce_bn/RUN
+  python reinforce_bn.py --norm batchnorm  # NORM flag: acts by running statistics
+  python reinforce_bn.py --norm batchnorm --bn-rollout train  # NORM flag: by those of the moment
+  python reinforce_bn.py --norm batchnorm --bn-rollout train --bn-recalibrate 50  # NORM flag: F3
+
+Implementation details, sections and equations of the paper (Machine Learning 8, 229) unless said:
+  (1) Environments act in parallel until each has ended an episode; learning sees these episodes
+      only. An environment that is done plays on until the others are, unlearnt from but counted.
+  (2) A time-out is not a death: gamma V(s') is added to the last reward, s' being the true last
+      observation (Pardo et al. 2018, arXiv 1712.00378).
+  (3) Reward-to-go: an action answers for the rewards that follow it (Sutton et al. 2000).
+  (4) Baseline: V(s) as it was when acting; afterwards --critic-steps gradient steps fit it to the
+      rewards-to-go (Spinning Up).
+  (5) One gradient step of the policy from all episodes; advantages standardized.
+  (6) Actor: ascends log pi(a|s) (reward-to-go - V(s)) (Theorem 1).
+  (7) Entropy bonus: off, since --entropy-coef is 0 (Williams and Peng 1991).
+  (8) Discrete actions: a categorical policy. Continuous: a Gaussian whose deviation, 0.5 at first
+      (Andrychowicz et al. 2021), does not depend on the state; actions scaled from [-1, 1] to the
+      environment's bounds and clipped there, but not in the log-probability.
+  (9) Orthogonal weights; small last layer of the actor (0.01), so first actions are near zero.
+  (10) Adam with epsilon 1e-5; the policy's learning rate falls to zero linearly.
+"""
+
+import contextlib
+import copy  # NORM report: diagnostics work on copies
+import functools
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from zfilter import RunningStat, ZFilter  # NORM obs: the one file that the scripts share
+
+# ------------------------------------------------------------------------------------------- Args
+
+
+@dataclass
+class Args:
+    env: str = "CartPole-v1"  # Gymnasium id of the environment
+    seed: int = 1  # seeds environments and torch
+    total_steps: int = 500_000  # environment steps to train for
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
+    eval_every: int = 20_000  # steps between evaluations; 0 for one at the end only
+    eval_episodes: int = 10  # episodes of an evaluation, without noise, from the same starts
+    run_dir: str = ""  # folder of the run; default runs/<env>/<script>/<options>-seed<k>-<time>
+    save_every: int = 50_000  # steps between checkpoints, which wait for the end of an iteration
+    resume: str = ""  # folder of a run to continue with its own options, or to a higher total_steps
+    # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
+
+    # what normalizes: layers in the networks, or (zfilter, fixed) a filter on the observations
+    norm: Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"] = "none"
+    # where layers stand: on the input, before or after each hidden activation; default: post
+    norm_position: tuple[Literal["input", "pre", "post"], ...] = ()
+    norm_net: Literal["both", "actor", "critic"] = "both"  # which network has the layers
+    norm_stats: str = ""  # fixed: the obs_stats.npz of an earlier run
+    # weight of the newest batch in the running statistics (torch's sense; TF and JAX: 1 - this)
+    bn_momentum: float = 0.1
+    # batchrenorm: a layer's first passes in train mode, which are plain batch norm (CrossQ: 100000)
+    bn_warmup: int = 100_000
+    # acting uses the running statistics, or (train) those of all environments at that moment
+    bn_rollout: Literal["eval", "train"] = "eval"
+    # learning uses the statistics of its batch, which also move the running ones, or (eval) these
+    bn_update: Literal["train", "eval"] = "train"
+    # passes in train mode over the last rollout, without learning, before the final evaluation
+    bn_recalibrate: int = 0
+    reward_norm: bool = False  # divide rewards by the running deviation of their discounted sums
+    # NORM end
+    network: Literal["linear", "mlp", "cnn"] = "mlp"  # cnn: a convolution, for observed images
+    num_envs: int = 16  # environments that act in parallel, episodes in a batch (1)
+    actor_lr: float = 1e-2  # Adam's learning rate, at the start (10)
+    critic_lr: float = 1e-2  # Adam's learning rate
+    critic_steps: int = 20  # gradient steps of the baseline for one of the policy (4)
+    gamma: float = 0.99  # discount per step
+    entropy_coef: float = 0.0  # weight of the entropy bonus (7)
+    hidden_sizes: tuple[int, ...] = (64,)  # width of each hidden layer
+    max_grad_norm: float = 0.0  # longest gradient of a step; 0 for any length
+
+
+def fail(message):
+    """End with exit code 2 and one line that says what to do."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# NORM begin: flag: what was asked for beyond --norm
+def changed_norm_options(args):
+    """Return {name: value} of the options of normalization that are not at their defaults."""
+    options = {
+        k: v for k, v in asdict(args).items() if k.startswith(("norm_", "bn_", "reward_norm"))
+    }
+    return {k: v for k, v in options.items() if v != getattr(Args, k)}
+
+
+# NORM end
+def check(args):
+    """End with one line if the options make no sense together."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda finds no GPU: use --device cpu")
+    # NORM begin: flag: a switch that could change nothing is a mistake
+    is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)
+    for name in changed:
+        option = "--" + name.replace("_", "-")
+        if name.startswith("bn_") and not is_batch:
+            fail(f"{option} needs --norm batchnorm or batchrenorm, not {args.norm}")
+        if name in ("norm_position", "norm_net") and args.norm in ("none", "zfilter", "fixed"):
+            fail(f"{option} needs --norm batchnorm, batchrenorm or layernorm, not {args.norm}")
+    if "bn_warmup" in changed and args.norm != "batchrenorm":
+        fail("--bn-warmup needs --norm batchrenorm")
+    if (args.norm == "fixed") != bool(args.norm_stats):
+        fail("--norm fixed and --norm-stats runs/.../obs_stats.npz need each other")
+    has_layers = is_batch or args.norm == "layernorm"
+    if has_layers and args.network == "linear" and args.norm_position != ("input",):
+        fail("--network linear has no hidden layer: use --norm-position input")
+    if args.network == "cnn" and args.norm == "batchrenorm":
+        fail("--norm batchrenorm is for vectors: use --norm batchnorm with --network cnn")
+    if is_batch and args.bn_rollout == "train" and args.num_envs < 2:
+        fail("--bn-rollout train needs --num-envs 2 or more: one state has no batch statistics")
+    # NORM end
+
+
+# NORM begin: layer: what --norm builds, and where --norm-position puts it
+# --------------------------------------------------------------------------- Normalization layers
+
+
+class BatchRenorm(nn.BatchNorm1d):
+    """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with the constants of CrossQ.
+
+    Training: y = gamma (x_hat r + d) + beta, where x_hat is batch norm's and the constants
+    r = std_B / std and d = (mean_B - mean) / std lead to the running statistics: with r and d
+    unclipped, train and eval mode agree. r = 1 and d = 0, as in the warm-up, is batch norm.
+    """
+
+    r_max, d_max = 3.0, 5.0
+
+    def __init__(self, features, momentum, warmup):
+        super().__init__(features, eps=1e-3, momentum=momentum)
+        self.warmup = warmup
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        # the kernel behind F.batch_norm returns its statistics; torch.var_mean is far slower
+        x_hat, mean, inv_std = torch.native_batch_norm(
+            x, None, None, None, None, True, 0.0, self.eps
+        )
+        with torch.no_grad():
+            std = (self.running_var + self.eps).sqrt()
+            warm = self.num_batches_tracked >= self.warmup
+            r = (1 / (inv_std * std)).clamp(1 / self.r_max, self.r_max).where(warm, 1.0)
+            d = ((mean - self.running_mean) / std).clamp(-self.d_max, self.d_max).where(warm, 0.0)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(inv_std**-2 - self.eps, self.momentum)
+            self.num_batches_tracked += 1
+        return torch.addcmul(self.weight * d + self.bias, x_hat, self.weight * r)
+
+
+def norm_layer(weight, args, features=None):
+    """Return a layer that normalizes what the layer with this weight puts out, or `features`."""
+    features, is_image = features or weight.shape[0], weight.dim() == 4
+    if args.norm == "batchnorm":
+        kind = nn.BatchNorm2d if is_image else nn.BatchNorm1d
+        return kind(features, momentum=args.bn_momentum)
+    if args.norm == "batchrenorm":
+        return BatchRenorm(features, args.bn_momentum, args.bn_warmup)
+    return nn.GroupNorm(1, features) if is_image else nn.LayerNorm(features)
+
+
+def add_norm(net, args):
+    """Return the layers of net with normalization layers at --norm-position."""
+    if args.norm in ("none", "zfilter", "fixed"):
+        return net
+    weight, position = net[0].weight, args.norm_position or ("post",)
+    layers = [norm_layer(weight, args, weight.shape[1])] if "input" in position else []
+    for layer in net:
+        weight = getattr(layer, "weight", weight)
+        is_hidden = isinstance(layer, nn.ReLU)
+        layers += [norm_layer(weight, args)] if is_hidden and "pre" in position else []
+        layers += [layer]
+        layers += [norm_layer(weight, args)] if is_hidden and "post" in position else []
+    return nn.Sequential(*layers)
+
+
+# NORM end
+# --------------------------------------------------------------------------------------- Networks
+
+
+def hidden_layers(*sizes):
+    """Return linear layers, each with a ReLU, that lead from sizes[0] features to sizes[-1]."""
+    pairs = itertools.pairwise(sizes)
+    return [layer for pair in pairs for layer in (nn.Linear(*pair), nn.ReLU())]
+
+
+def make_net(obs_shape, outputs, gain, args):
+    """Return --network; weights are orthogonal, those of the last layer scaled by gain (9)."""
+    layers, sizes = [], (math.prod(obs_shape), *args.hidden_sizes)
+    if args.network == "linear":
+        sizes = sizes[:1]
+    if args.network == "cnn":
+        layers = [nn.Conv2d(obs_shape[0], 16, 3), nn.ReLU(), nn.Flatten()]
+        sizes = 16 * (obs_shape[1] - 2) * (obs_shape[2] - 2), *sizes[1:]
+    layers += [*hidden_layers(*sizes), nn.Linear(sizes[-1], outputs)]
+    for layer in layers:
+        if hasattr(layer, "weight"):
+            nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else math.sqrt(2))
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+class Actor(nn.Module):
+    """pi(a|s): observations (n, *obs_shape) to a distribution over n actions (8)."""
+
+    def __init__(self, obs_shape, action_space, args):
+        super().__init__()
+        self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
+        outputs = int(action_space.n) if self.is_discrete else action_space.shape[0]
+        self.net = make_net(obs_shape, outputs, 0.01, args)
+        if args.norm_net != "critic":  # NORM layer: --norm-net says who is normalized
+            self.net = add_norm(self.net, args)  # NORM layer: the actor, on s
+        if not self.is_discrete:
+            self.log_std = nn.Parameter(torch.full((outputs,), math.log(0.5)))  # (8)
+
+    def forward(self, obs):
+        outputs = self.net(obs)
+        if self.is_discrete:
+            return torch.distributions.Categorical(logits=outputs)
+        normal = torch.distributions.Normal(outputs, self.log_std.exp())
+        return torch.distributions.Independent(normal, 1)
+
+
+class Critic(nn.Module):
+    """V(s): observations (n, *obs_shape) to values, (n,)."""
+
+    def __init__(self, obs_shape, args):
+        super().__init__()
+        self.net = make_net(obs_shape, 1, 1.0, args)
+        if args.norm_net != "actor":  # NORM layer: --norm-net says who is normalized
+            self.net = add_norm(self.net, args)  # NORM layer: the critic, on s
+
+    def forward(self, obs):
+        return self.net(obs).squeeze(1)
+
+
+def make_agent(envs, args, device):
+    """Return networks and their optimizer."""
+    obs_shape = envs.single_observation_space.shape
+    actor = Actor(obs_shape, envs.single_action_space, args).to(device)
+    critic = Critic(obs_shape, args).to(device)
+    agent = SimpleNamespace(actor=actor, critic=critic, device=device)
+    adam = functools.partial(torch.optim.Adam, eps=1e-5, fused=True)
+    agent.actor_optimizer = adam(actor.parameters(), args.actor_lr)
+    agent.critic_optimizer = adam(critic.parameters(), args.critic_lr)
+    agent.obs_stat = RunningStat(obs_shape)  # NORM obs: every run counts the states it meets
+    agent.env = args.env  # NORM save: statistics say which environment they are of
+    agent.obs_filter = make_filter(agent.obs_stat, args)  # NORM obs: for most --norm the identity
+    agent.reward_scale = RewardScale(args)  # NORM reward: for --reward-norm
+    return agent
+
+
+# ------------------------------------------------------------------------------------------- Data
+
+
+# NORM begin: obs: what stands between an observation and the networks
+def make_filter(obs_stat, args):
+    """Return the filter of --norm: zfilter learns with obs_stat, fixed never; else the identity."""
+    active = args.norm in ("zfilter", "fixed")
+    obs_filter = ZFilter(obs_stat.mean.shape, active, active, 10.0 if active else None)
+    if args.norm == "zfilter":
+        obs_filter.stat = obs_stat
+    if args.norm == "fixed" and not args.resume:
+        try:
+            env = obs_filter.load(args.norm_stats).get("env", args.env)
+            if env != args.env:
+                raise ValueError(f"they are of {env}")
+        except Exception as error:
+            fail(f"--norm-stats {args.norm_stats}: no statistics for --env {args.env} ({error})")
+    return obs_filter
+
+
+# NORM end
+# NORM begin: reward: rewards are scaled, never shifted, which would change what is optimal
+class RewardScale:
+    """Divides rewards by the running deviation of their discounted sums, and clips at 10 of these.
+
+    Source: VecNormalize of OpenAI baselines.
+    """
+
+    def __init__(self, args):
+        self.stat, self.gamma = RunningStat(()), args.gamma
+        self.sums = np.zeros(args.num_envs)  # of each environment, since its episode began
+
+    def __call__(self, reward, done):
+        """Return rewards (n,) scaled, and learn from them; done, (n,), says whose episode ends."""
+        self.sums = self.gamma * self.sums + reward
+        self.stat.push(self.sums)
+        self.sums[done] = 0
+        return np.clip(reward / (self.stat.std + 1e-8), -10, 10)
+
+
+# NORM end
+class Rollout(NamedTuple):
+    """What n environments met at one step: obs (n, *obs_shape), action (n, ...), the others (n,).
+
+    Stacked, with an axis of time before that of the environments. playing: the first episode.
+    """
+
+    obs: torch.Tensor
+    action: torch.Tensor
+    log_prob: torch.Tensor
+    value: torch.Tensor
+    reward: torch.Tensor
+    done: torch.Tensor
+    playing: torch.Tensor
+
+
+class Batch(NamedTuple):
+    """What is learnt from: obs (n, *obs_shape), action (n, ...), the others (n,)."""
+
+    obs: torch.Tensor
+    action: torch.Tensor
+    log_prob: torch.Tensor
+    advantage: torch.Tensor
+    returns: torch.Tensor
+
+
+# ----------------------------------------------------------------------------- Losses and updates
+
+
+def as_input(agent, obs):
+    """Return observations (n, *obs_shape) as the networks take them."""
+    obs = agent.obs_filter(obs, update=False)  # NORM obs: once, when acting; see explore
+    return torch.as_tensor(obs, dtype=torch.float32, device=agent.device)
+
+
+@torch.no_grad()
+def act(agent, obs):
+    """Return the likeliest actions, (n, ...), for observations (n, *obs_shape)."""
+    agent.actor.eval()  # NORM mode: what a policy does depends on the state alone
+    return agent.actor(as_input(agent, obs)).mode.cpu().numpy()
+
+
+@torch.no_grad()
+def explore(agent, obs, args):
+    """Return what the policy saw, a ~ pi(a|s), log pi(a|s) and V(s), each with n rows."""
+    # NORM begin: obs: what the policy saw is stored, not the raw observation
+    # The filter learns on: seen through a later one, the state would get another log-probability,
+    # and the ratio in the loss would no longer be that to the policy which acted.
+    # NORM end
+    obs = as_input(agent, obs)
+    agent.actor.train(args.bn_rollout == "train")  # NORM mode: --bn-rollout
+    policy = agent.actor(obs)
+    action = policy.sample()
+    agent.critic.train(args.bn_rollout == "train")  # NORM mode: --bn-rollout
+    return obs, action, policy.log_prob(action), agent.critic(obs)
+
+
+@torch.no_grad()
+def state_value(agent, obs, args):
+    """Return V(s), (n,), as a bootstrap, for observations (n, *obs_shape)."""
+    agent.critic.train(args.bn_rollout == "train")  # NORM mode: that of the values in explore
+    return agent.critic(as_input(agent, obs))
+
+
+def reward_to_go(reward, done, gamma):
+    """Return discounted sums (T, n) of rewards (T, n), from each step to its episode's end (3)."""
+    returns, after = torch.empty_like(reward), 0.0
+    for t in reversed(range(len(reward))):
+        returns[t] = after = reward[t] + gamma * (1 - done[t]) * after
+    return returns
+
+
+def make_batch(rollout, args):
+    """Return the Batch of the first episodes in a rollout."""
+    returns = reward_to_go(rollout.reward, rollout.done, args.gamma)
+    parts = rollout.obs, rollout.action, rollout.log_prob, returns - rollout.value, returns
+    return Batch(*(x[rollout.playing.bool()] for x in parts))
+
+
+def policy_loss(log_prob, batch):
+    """Return the mean of -log pi(a|s) A, A being the standardized advantage (6)."""
+    a = batch.advantage
+    a = (a - a.mean()) / (a.std() + 1e-8)  # (5)
+    return -(log_prob * a).mean()
+
+
+def gradient_step(optimizer, loss, max_grad_norm):
+    """Descend the loss, by a gradient no longer than max_grad_norm unless that is 0."""
+    optimizer.zero_grad()
+    loss.backward()
+    if max_grad_norm:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    optimizer.step()
+
+
+def update(agent, batch, args):
+    """Learn from a rollout; return losses as tensors and the number of gradient steps taken."""
+    agent.actor.train(args.bn_update == "train")  # NORM mode: --bn-update
+    policy = agent.actor(batch.obs)
+    log_prob = policy.log_prob(batch.action)
+    loss_pi = policy_loss(log_prob, batch)
+    entropy = policy.entropy().mean()
+    loss = loss_pi - args.entropy_coef * entropy  # (7)
+    gradient_step(agent.actor_optimizer, loss, args.max_grad_norm)
+    for _ in range(args.critic_steps):
+        agent.critic.train(args.bn_update == "train")  # NORM mode: --bn-update
+        loss_v = (agent.critic(batch.obs) - batch.returns).square().mean()  # (4)
+        gradient_step(agent.critic_optimizer, loss_v, args.max_grad_norm)
+    losses = {"policy": loss_pi.detach(), "critic": loss_v.detach(), "entropy": entropy.detach()}
+    ratio = (log_prob.detach() - batch.log_prob).exp()  # NORM report: before the gradient step
+    losses["first_ratio"] = (ratio - 1).abs().max()  # NORM report: 0 for one and the same policy
+    return losses, 1 + args.critic_steps
+
+
+# --------------------------------------------------------------------- Evaluation and diagnostics
+
+
+def evaluate(agent, envs, act=act):
+    """Play an episode in each environment, from the same starts at every call, and learn nothing.
+
+    Returns the sums of rewards, (n,).
+    """
+    obs, _ = envs.reset(seed=1_000_000)
+    returns, playing = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    while playing.any():
+        obs, reward, terminated, truncated, _ = envs.step(act(agent, obs))
+        returns += playing * reward
+        done = terminated | truncated
+        playing &= ~done
+        if done.any():
+            obs, _ = envs.reset(options={"reset_mask": done})
+    return returns
+
+
+# NORM begin: report: what normalization does to a run, made visible
+PANELS = {
+    "Normalization": {
+        "lag of running statistics": ["Multiline", ["norm/stat_lag"]],
+        "gap between train and eval mode": ["Multiline", ["norm/train_eval_gap_.*"]],
+        "ratio before the first step": ["Multiline", ["norm/first_ratio"]],
+        "distance of acting from learning": ["Multiline", ["norm/moment_gap"]],
+        "saturation and dead units": ["Multiline", ["norm/saturation", "norm/dead_units"]],
+    },
+    "Learning": {"return": ["Multiline", ["eval/return$", "charts/episodic_return"]]},
+}
+
+
+@torch.no_grad()
+def probe(net, *inputs):
+    """Run a copy of net on one batch. Returns three things:
+
+    mean |train-mode output - eval-mode output|, in the output's units;
+    for each batch norm, |running mean - batch mean| / batch std, its mean over the features;
+    for each hidden layer, the share of units that no sample activates (these two in train mode).
+    """
+    net, lags, dead = copy.deepcopy(net), [], []
+
+    def measure_lag(layer, inputs):
+        x = inputs[0].movedim(1, -1).flatten(0, -2)  # an image counts as many samples
+        var, mean = torch.var_mean(x, 0, correction=0)
+        lags.append(((layer.running_mean - mean).abs() / (var + layer.eps).sqrt()).mean().item())
+
+    def count_dead(layer, inputs, output):
+        dead.append((output <= 0).all(0).float().mean().item())
+
+    eval_output = net.eval()(*inputs)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.register_forward_pre_hook(measure_lag)
+        if isinstance(layer, nn.ReLU):
+            layer.register_forward_hook(count_dead)
+    return (net.train()(*inputs) - eval_output).abs().mean().item(), lags, dead
+
+
+@torch.no_grad()
+def moment_gap(net, moments, obs):
+    """Return how far the statistics of acting in train mode lie from those of learning:
+
+    |mean of the environments at one moment - mean of the batch obs| / deviation of the batch, mean
+    over features, layers and moments, (T, n, *obs_shape); None without batch norm.
+    """
+    net = copy.deepcopy(net).train()
+    layers = [x for x in net.modules() if isinstance(x, nn.BatchNorm1d | nn.BatchNorm2d)]
+    for layer in layers:
+        layer.momentum = 1.0  # the running statistics become those of the last pass
+    net(obs)
+    learnt = [(layer.running_mean.clone(), layer.running_var + layer.eps) for layer in layers]
+    gaps = []
+    for moment in moments:
+        net(moment)
+        for layer, (mean, var) in zip(layers, learnt, strict=True):
+            gaps.append(((layer.running_mean - mean).abs() / var.sqrt()).mean().item())
+    return np.mean(gaps) if gaps else None
+
+
+@torch.no_grad()
+def norm_scalars(agent, rollout, obs):
+    """Return {name: value} of the normalization panel, from the last rollout, obs a part of it:
+
+    train_eval_gap_policy, _v, stat_lag and dead_units: see `probe`, means over layers.
+    moment_gap: see there, for the actor.
+    saturation: share of the components of the mean action in the outermost 1 % at either bound.
+    """
+    gap_policy, lags, dead = probe(agent.actor.net, obs)
+    gap_v, more_lags, more_dead = probe(agent.critic.net, obs)
+    scalars = {"train_eval_gap_policy": gap_policy, "train_eval_gap_v": gap_v}
+    if lags + more_lags:
+        scalars["stat_lag"] = np.mean(lags + more_lags)
+    if dead + more_dead:
+        scalars["dead_units"] = np.mean(dead + more_dead)
+    if lags:
+        moments = rollout.obs[:: len(rollout.obs) // 8 + 1]
+        scalars["moment_gap"] = moment_gap(agent.actor.net, moments, obs)
+    if not agent.actor.is_discrete:
+        action = copy.deepcopy(agent.actor).eval()(obs).mode
+        scalars["saturation"] = (action.abs() > 0.98).float().mean().item()
+    return scalars
+
+
+@torch.no_grad()
+def act_in_train_mode(agent, obs):
+    """Return what `act` does, by the statistics of these observations; moves no running ones."""
+    return copy.deepcopy(agent.actor).train()(as_input(agent, obs)).mode.cpu().numpy()
+
+
+@torch.no_grad()
+def recalibrate(agent, obs, passes):
+    """Move the running statistics of actor and critic by passes over obs, without learning."""
+    for _ in range(passes):
+        for net in (agent.actor, agent.critic):
+            net.train()(obs)
+
+
+# NORM end
+# ------------------------------------------------------------------------------------- Checkpoint
+
+PARTS = "actor", "critic", "actor_optimizer", "critic_optimizer"
+
+
+def write(path, save):
+    """Let save(file) fill a new file, then move it into place: a kill leaves the old or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        save(file)
+    os.replace(temporary, path)
+
+
+def save_run(run_dir, agent, generators, progress):
+    """Write all that a run needs to go on as if it had never stopped."""
+    state = {part: getattr(agent, part).state_dict() for part in PARTS}
+    state |= {"progress": progress, "torch": torch.get_rng_state()}
+    state["generators"] = [generator.bit_generator.state for generator in generators]
+    # NORM begin: save: a policy is worth nothing without the statistics that it learnt with
+    stats = {"obs_stat": agent.obs_stat, "obs_filter": agent.obs_filter.stat}
+    for name, stat in (stats | {"reward_stat": agent.reward_scale.stat}).items():
+        state[name] = {key: torch.from_numpy(value) for key, value in stat.state_dict().items()}
+    write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
+    # NORM end
+    write(run_dir / "checkpoint.pt", lambda file: torch.save(state, file))
+
+
+def load_run(run_dir, agent, generators):
+    """Restore what `save_run` wrote and return its progress; nothing in the file is executed."""
+    try:
+        state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        for part in PARTS:
+            getattr(agent, part).load_state_dict(state[part])
+        torch.set_rng_state(state["torch"])
+        for generator, saved in zip(generators, state["generators"], strict=True):
+            generator.bit_generator.state = saved
+        agent.obs_stat.load_state_dict(state["obs_stat"])  # NORM save: statistics come back
+        agent.obs_filter.stat.load_state_dict(state["obs_filter"])  # NORM save: with the weights
+        agent.reward_scale.stat.load_state_dict(state["reward_stat"])  # NORM save: and rewards'
+    except Exception as error:
+        fail(f"--resume {run_dir}: no checkpoint.pt that fits ({type(error).__name__})")
+    return state["progress"]
+
+
+def saved_args(run_dir):
+    """Return the options of the run in run_dir; end with one line if it is no run of ours."""
+    try:
+        saved = json.loads((Path(run_dir) / "args.json").read_text())["args"]
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        return Args(**saved | {"resume": str(run_dir)})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        fail(f"--resume {run_dir}: no run of {Path(__file__).name} ({error})")
+
+
+def make_run_dir(args):
+    """Make and return the folder of a new run; no two runs get the same."""
+    name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # NORM begin: flag: the name of a run says how it is normalized
+    changed = changed_norm_options(args) | {"norm_position": "+".join(args.norm_position)}
+    words = [f"{key}={changed[key]}" for key in changed if changed[key] and key != "norm_stats"]
+    name = "-".join([args.norm, *words, name])
+    # NORM end
+    run_dir = Path(args.run_dir or Path("runs") / args.env / Path(__file__).stem / name)
+    for k in itertools.count(2):
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir(parents=True)
+            return run_dir
+        if args.run_dir:
+            fail(f"--run-dir {args.run_dir} exists: choose another one, or --resume it")
+        run_dir = run_dir.with_name(f"{name}-{k}")
+
+
+def open_run(args):
+    """Return the folder of a new run, or of the one to resume if its options are the same."""
+    if not args.resume:
+        return make_run_dir(args)
+    saved = asdict(saved_args(args.resume))
+    free = "total_steps", "eval_every", "eval_episodes", "save_every", "device"
+    for name, value in asdict(args).items():
+        if value != saved[name] and name not in free:
+            fail(f"--{name.replace('_', '-')} cannot change when a run resumes: leave it out")
+    return Path(args.resume)
+
+
+def describe_run(run_dir, args):
+    """Write args.json, with options and versions; the run is not finished, so has no result."""
+    (run_dir / "result.json").unlink(missing_ok=True)
+    versions = {x: importlib.metadata.version(x) for x in ("torch", "gymnasium", "mujoco", "numpy")}
+    about = {"script": Path(__file__).stem, "args": asdict(replace(args, resume=""))}
+    text = json.dumps(about | {"versions": versions}, indent=2)
+    write(run_dir / "args.json", lambda file: file.write(text.encode()))
+
+
+# ------------------------------------------------------------------------------------------ Train
+
+
+def make_env(args):
+    """Return one environment; end with one line if it is unknown or does not suit the algorithm."""
+    try:
+        env = gym.make(args.env)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env {args.env}: {error}")
+    obs_space, action_space = env.observation_space, env.action_space
+    axes = 3 if args.network == "cnn" else 1
+    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) < axes:
+        fail(f"--env {args.env} observes {obs_space}: --network {args.network} cannot use it")
+    if isinstance(action_space, gym.spaces.Box) and action_space.is_bounded():
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        env = gym.wrappers.ClipAction(env)  # (8)
+    elif not isinstance(action_space, gym.spaces.Discrete):
+        fail(f"--env {args.env} acts in {action_space}: choose discrete or bounded actions")
+    h, w, c = (*obs_space.shape, 1, 1, 1)[:3]
+    shape = (c, h, w) if args.network == "cnn" else (math.prod(obs_space.shape),)
+
+    def as_float(obs):
+        return np.float32(np.moveaxis(obs, -1, 0) if args.network == "cnn" else obs).reshape(shape)
+
+    box = gym.spaces.Box(-np.inf, np.inf, shape)
+    env = gym.wrappers.TransformObservation(env, as_float, box)
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+def make_envs(args, n):
+    """Return n environments that step together; each is reset by a mask when its episode ends."""
+    mode = gym.vector.AutoresetMode.DISABLED  # so a step returns the true last observation
+    return gym.vector.SyncVectorEnv([lambda: make_env(args)] * n, autoreset_mode=mode)
+
+
+def report_evaluation(agent, envs, args, step, writer, bar):
+    """Evaluate, log and show it; return (step, mean return, std over episodes)."""
+    returns = evaluate(agent, envs)
+    mean, std = float(returns.mean()), float(returns.std())
+    writer.add_scalar("eval/return", mean, step)
+    writer.add_scalar("eval/return_std", std, step)
+    bar.set_postfix_str(f"return {mean:.1f} ± {std:.1f}")
+    if bar.disable and step < args.total_steps:  # no terminal to draw on
+        print(f"step {step} of {args.total_steps}: return {mean:.1f} ± {std:.1f}", flush=True)
+    return step, mean, std
+
+
+# NORM begin: report: one policy, three ways to evaluate it
+def report_modes(agent, args, obs, step, writer):
+    """Log and print the final policy's return in eval mode, train mode, and after recalibration.
+
+    All in --num-envs environments, as many as acted in training; recalibration stays.
+    """
+    envs = make_envs(args, args.num_envs)
+    returns = {"eval": evaluate(agent, envs), "train": evaluate(agent, envs, act_in_train_mode)}
+    recalibrate(agent, obs, args.bn_recalibrate)
+    if args.bn_recalibrate:
+        returns["recalibrated"] = evaluate(agent, envs)
+    envs.close()
+    for name, values in returns.items():
+        writer.add_scalar(f"norm/return_{name}_mode", values.mean(), step)
+    words = [f"{name} {x.mean():.1f} ± {x.std():.1f}" for name, x in returns.items()]
+    print("return by mode of batch norm: " + ", ".join(words))
+
+
+# NORM end
+def train(args):
+    """Train a policy, and return what the run came to:
+
+    {"run_dir": str, "eval": [(step, mean return, std over episodes), ...], "steps": int,
+    "updates": int, "diverged": bool}. Raises SystemExit(2) for options that make no sense.
+    """
+    check(args)
+    envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes)
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    torch.manual_seed(args.seed)
+    envs.reset(seed=args.seed)
+    generators = [env.unwrapped.np_random for env in envs.envs]
+    agent = make_agent(envs, args, device)
+    run_dir = open_run(args)
+    step, updates, evaluations, diverged = 0, 0, [], False
+    if args.resume:
+        step, updates, evaluations = load_run(run_dir, agent, generators)
+        evaluations = [e for e in evaluations if e[0] < args.total_steps]  # the last is made anew
+    describe_run(run_dir, args)
+    writer = SummaryWriter(run_dir, purge_step=step + 1 if args.resume else None)
+    writer.add_custom_scalars(PANELS)  # NORM report: the normalization panel comes first
+    print(f"run: {run_dir}", flush=True)
+
+    bar = tqdm(total=args.total_steps, initial=step, unit="step", smoothing=0.01, disable=None)
+    start_time, start_step = time.time(), step
+    while step < args.total_steps:
+        before, steps, episodes = step, [], []
+        agent.actor_optimizer.param_groups[0]["lr"] = args.actor_lr * (1 - step / args.total_steps)
+        obs, _ = envs.reset()
+        agent.obs_stat.push(obs)  # NORM obs: each observation of training counts once
+        agent.reward_scale.sums[:] = 0  # NORM reward: of episodes that begin
+        playing = np.ones(args.num_envs, bool)
+        while playing.any():
+            # act
+            seen, action, log_prob, value = explore(agent, obs, args)
+            # step
+            next_obs, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
+            agent.obs_stat.push(next_obs)  # NORM obs: those of evaluation never do
+            done = terminated | truncated
+            step += args.num_envs
+            bar.update(args.num_envs)
+            if args.reward_norm:  # NORM reward: --reward-norm
+                reward = agent.reward_scale(reward, done)  # NORM reward: what is learnt from
+            # store
+            if truncated.any():
+                after = state_value(agent, next_obs, args).cpu().numpy()
+                reward = reward + args.gamma * truncated * after  # (2)
+            arrays = torch.as_tensor(np.float32([reward, done, playing]), device=device)
+            steps.append(Rollout(seen, action, log_prob, value, *arrays))
+            if done.any():
+                ended = playing & done
+                episodes.append((info["episode"]["r"][ended], info["episode"]["l"][ended]))
+                playing &= ~done
+                next_obs, _ = envs.reset(options={"reset_mask": done})
+                agent.obs_stat.push(next_obs[done])  # NORM obs: an episode's first one counts too
+            obs = next_obs
+        # learn
+        rollout = Rollout(*(torch.stack(x) for x in zip(*steps, strict=True)))
+        batch = make_batch(rollout, args)
+        losses, taken = update(agent, batch, args)
+        updates += taken
+        diverged = not torch.isfinite(losses["policy"] + losses["critic"])
+        # report
+        if diverged:
+            break
+        writer.add_scalar("charts/SPS", (step - start_step) / (time.time() - start_time), step)
+        first_ratio = losses.pop("first_ratio")  # NORM report: see update
+        writer.add_scalar("norm/first_ratio", first_ratio, step)  # NORM report: 0 is right
+        for name, value in losses.items():
+            writer.add_scalar(f"losses/{name}", value, step)
+        panel = norm_scalars(agent, rollout, batch.obs)  # NORM report: on copies
+        for name, value in panel.items():  # NORM report: the normalization panel
+            writer.add_scalar(f"norm/{name}", value, step)  # NORM report: see norm_scalars
+        returns, lengths = map(np.concatenate, zip(*episodes, strict=True))
+        writer.add_scalar("charts/episodic_return", returns.mean(), step)
+        writer.add_scalar("charts/episodic_length", lengths.mean(), step)
+        due = args.eval_every and step // args.eval_every > before // args.eval_every
+        if due and step < args.total_steps:
+            evaluations.append(report_evaluation(agent, eval_envs, args, step, writer, bar))
+        if step // args.save_every > before // args.save_every:
+            save_run(run_dir, agent, generators, (step, updates, evaluations))
+    if diverged:
+        print(f"diverged at step {step}: a loss is not finite", file=sys.stderr)
+    else:
+        if args.norm.startswith("batch") and step > start_step:  # NORM report: (F2, F3)
+            report_modes(agent, args, batch.obs, step, writer)  # NORM report: before the last one
+        evaluations.append(report_evaluation(agent, eval_envs, args, step, writer, bar))
+        save_run(run_dir, agent, generators, (step, updates, evaluations))
+        print("final evaluation at step {}: return {:.1f} ± {:.1f}".format(*evaluations[-1]))
+    bar.close()
+    writer.close()
+    result = {"run_dir": str(run_dir), "eval": evaluations, "steps": step, "updates": updates}
+    result["diverged"] = diverged
+    write(run_dir / "result.json", lambda file: file.write(json.dumps(result).encode()))
+    print(f"files: {run_dir}\nlook:  tensorboard --logdir {run_dir}")
+    return result
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.resume:  # options not given again are those of the run
+        args = tyro.cli(Args, default=saved_args(args.resume))
+    try:
+        sys.exit(3 if train(args)["diverged"] else 0)
+    except KeyboardInterrupt:
+        sys.exit("stopped: --resume continues a run that has a checkpoint.pt")
