@@ -14,9 +14,18 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCALARS = "eval/return", "charts/episodic_return", "norm/actor_grad", "norm/saturation"
-SCALARS += "norm/q_bias", "norm/stat_lag"
+SCALARS += "norm/q_bias", "norm/stat_lag", "norm/first_ratio", "norm/moment_gap"
+SCALARS += "norm/return_eval_mode", "norm/return_train_mode", "norm/return_recalibrated_mode"
 COLUMNS = "script", "env", "options", "seed", "commit", "versions", "scalar", "step", "value"
 NOT_OPTIONS = "env", "seed", "run_dir", "resume", "save_every", "device"
+
+
+def as_option(name, value):
+    """Return an option as one types it."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return " ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
 
 
 def rows(run_dir, commit):
@@ -25,7 +34,7 @@ def rows(run_dir, commit):
     script = about.get("script", run_dir.parent.name)
     default = json.loads(json.dumps(dataclasses.asdict(importlib.import_module(script).Args())))
     changed = {k: v for k, v in about["args"].items() if v != default[k] and k not in NOT_OPTIONS}
-    options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in changed.items())
+    options = " ".join(as_option(*item) for item in changed.items())
     versions = " ".join(f"{k}=={v}" for k, v in about["versions"].items())
     run = script, about["args"]["env"], options, about["args"]["seed"], commit, versions
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})

@@ -49,12 +49,17 @@ def read(file):
     return data
 
 
-def main():
-    data = read(HERE / "results" / "ddpg-halfcheetah.csv")
+def style():
+    """Let figures be legible in light and in dark, and the same to the bit each time."""
     plt.rcParams |= {"text.color": "#808080", "axes.labelcolor": "#808080", "font.size": 11}
     plt.rcParams |= {"xtick.color": "#808080", "ytick.color": "#808080"}
     plt.rcParams |= {"axes.edgecolor": "#808080", "axes.spines.top": False}
     plt.rcParams |= {"axes.spines.right": False, "svg.hashsalt": "", "legend.frameon": False}
+
+
+def main():
+    data = read(HERE / "results" / "ddpg-halfcheetah.csv")
+    style()
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for ax, (scalar, title) in zip(axes, PANELS.items(), strict=True):
         for options, (label, color) in LINES.items():
