@@ -169,11 +169,11 @@ class BatchRenorm(nn.BatchNorm1d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        # the kernel behind F.batch_norm returns its statistics; torch.var_mean is far slower
-        x_hat, mean, inv_std = torch.native_batch_norm(
-            x, None, None, None, None, True, 0.0, self.eps
-        )
         with torch.no_grad():
+            # the kernel behind F.batch_norm returns its statistics; torch.var_mean is far slower
+            _, mean, inv_std = torch.native_batch_norm(
+                x, None, None, None, None, True, 0.0, self.eps
+            )
             std = (self.running_var + self.eps).sqrt()
             warm = self.num_batches_tracked >= self.warmup
             r = (1 / (inv_std * std)).clamp(1 / self.r_max, self.r_max).where(warm, 1.0)
@@ -181,7 +181,8 @@ class BatchRenorm(nn.BatchNorm1d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(inv_std**-2 - self.eps, self.momentum)
             self.num_batches_tracked += 1
-        return torch.addcmul(self.weight * d + self.bias, x_hat, self.weight * r)
+        gamma, beta = self.weight * r, self.weight * d + self.bias
+        return F.batch_norm(x, None, None, gamma, beta, True, 0.0, self.eps)
 
 
 def norm_layer(features, args):

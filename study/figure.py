@@ -1,4 +1,4 @@
-"""Draw the README's figure and print its table from committed data: python -m study.figure"""
+"""Draw the README's curves and print their tables from committed data: python -m study.figure"""
 
 import csv
 from collections import defaultdict
@@ -12,18 +12,31 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-LENGTH = "--total-steps 40000 --eval-every 4000"
-LINES = {  # options: (label, color); legible in light and in dark
-    LENGTH: ("none", "#7f7f7f"),
-    f"{LENGTH} --norm batchnorm": ("batchnorm", "#d62728"),
-    f"{LENGTH} --norm batchnorm --bn-policy-critic eval": (
-        "batchnorm, --bn-policy-critic eval",
-        "#1f9e5a",
+SHORT, LONG = "--total-steps 40000 --eval-every 4000", "--total-steps 100000"
+CROSSQ = (
+    "--norm batchrenorm --norm-position input post --bn-momentum 0.01 --bn-policy-critic eval"
+    " --bn-joint --adam-beta1 0.5 --policy-delay 3 --critic-hidden-sizes 512 512"
+    " --no-target-network"
+)
+RETURN = "return in evaluation (sum of rewards)"
+FIGURES = {  # name: results, {options: (label, color)}, {scalar: title}; legible in light and dark
+    "first": (
+        "ddpg-halfcheetah",
+        {
+            SHORT: ("none", "#7f7f7f"),
+            f"{SHORT} --norm batchnorm": ("batchnorm", "#d62728"),
+            f"{SHORT} --norm batchnorm --bn-policy-critic eval": (
+                "batchnorm, --bn-policy-critic eval",
+                "#1f9e5a",
+            ),
+        },
+        {"eval/return": RETURN, "norm/actor_grad": "norm of the actor's gradient"},
     ),
-}
-PANELS = {
-    "eval/return": "return in evaluation (sum of rewards)",
-    "norm/actor_grad": "norm of the actor's gradient",
+    "crossq": (
+        "sac-halfcheetah",
+        {LONG: ("SAC", "#7f7f7f"), f"{LONG} {CROSSQ}": ("CrossQ, critics 512 wide", "#9467bd")},
+        {"eval/return": RETURN, "norm/q_bias": "bias of Q (see norm/q_bias)"},
+    ),
 }
 
 
@@ -57,12 +70,12 @@ def style():
     plt.rcParams |= {"axes.spines.right": False, "svg.hashsalt": "", "legend.frameon": False}
 
 
-def main():
-    data = read(HERE / "results" / "ddpg-halfcheetah.csv")
-    style()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for ax, (scalar, title) in zip(axes, PANELS.items(), strict=True):
-        for options, (label, color) in LINES.items():
+def draw(name, results, lines, panels):
+    """Draw a figure: a thin line for each seed, a thick one for their interquartile mean."""
+    data = read(HERE / "results" / f"{results}.csv")
+    figure, axes = plt.subplots(1, len(panels), figsize=(10, 3.8), layout="constrained")
+    for ax, (scalar, title) in zip(axes, panels.items(), strict=True):
+        for options, (label, color) in lines.items():
             seeds = data[scalar][options]
             for points in seeds.values():
                 ax.plot(*zip(*points, strict=True), color=color, alpha=0.35, linewidth=0.8)
@@ -73,17 +86,21 @@ def main():
             ax.plot(steps, iqm(values, 0), color=color, linewidth=2.2, label=label)
         ax.set(xlabel="environment steps", title=title)
         ax.grid(color="#808080", alpha=0.2)
-    axes[1].legend(loc="center")
-    axes[1].set_yscale("log")
-    figure.savefig(HERE / "figures" / "first.svg", transparent=True, metadata={"Date": None})
+        if scalar == "norm/actor_grad":
+            ax.set_yscale("log")
+    axes[-1].legend(loc="center")
+    figure.savefig(HERE / "figures" / f"{name}.svg", transparent=True, metadata={"Date": None})
 
     print("| options | seeds | final return, IQM (95 % interval) | each seed |\n|---|---|---|---|")
-    for options, (label, _) in LINES.items():
+    for options, (label, _) in lines.items():
         last = [points[-1][1] for _, points in sorted(data["eval/return"][options].items())]
         low, high = interval(last)
         each = ", ".join(f"{x:.0f}" for x in last)
         print(f"| {label} | {len(last)} | {iqm(last):.0f} ({low:.0f} to {high:.0f}) | {each} |")
+    print()
 
 
 if __name__ == "__main__":
-    main()
+    style()
+    for name, figure in FIGURES.items():
+        draw(name, *figure)
