@@ -41,6 +41,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -109,6 +110,18 @@ class Args:
     max_grad_norm: float = 0.5  # longest gradient of a step; 0 for any length
 
 
+LIMITS = (  # lowest and highest value of options
+    (0, 2**32 - 1, "seed"),
+    (0, math.inf, "eval_every"),
+    (1, math.inf, "total_steps eval_episodes save_every num_envs num_steps epochs minibatches"),
+    (1, math.inf, "hidden_sizes"),
+    (0, 1, "learning_rate gamma gae_lambda"),
+    (0, 1e6, "clip value_coef entropy_coef target_kl max_grad_norm"),
+    (0, 1, "bn_momentum"),  # NORM flag: a weight
+    (0, math.inf, "bn_warmup bn_recalibrate"),  # NORM flag: counts
+)
+
+
 def fail(message):
     """End with exit code 2 and one line that says what to do."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -126,7 +139,13 @@ def changed_norm_options(args):
 
 # NORM end
 def check(args):
-    """End with one line if the options make no sense together."""
+    """End with one line if an option is out of range or options make no sense together."""
+    for low, high, names in LIMITS:
+        for name in names.split():
+            if not all(low <= value <= high for value in np.atleast_1d(getattr(args, name))):
+                fail(f"--{name.replace('_', '-')} is out of range: choose from {low} to {high}")
+    if not args.hidden_sizes:
+        fail("--hidden-sizes needs at least one width")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda finds no GPU: use --device cpu")
     if args.num_envs * args.num_steps % args.minibatches:
@@ -587,9 +606,13 @@ PARTS = "actor", "critic", "optimizer"
 def write(path, save):
     """Let save(file) fill a new file, then move it into place: a kill leaves the old or the new."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        save(file)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        temporary.unlink(missing_ok=True)
+        sys.exit(f"{path} is not written, what stood there stands: {error}")
 
 
 def save_run(run_dir, agent, generators, progress):
@@ -738,11 +761,12 @@ def report_modes(agent, args, obs, step, writer):
 
 
 # NORM end
-def train(args):
+def train(args, stop=()):
     """Train a policy, and return what the run came to:
 
     {"run_dir": str, "eval": [(step, mean return, std over episodes), ...], "steps": int,
-    "updates": int, "diverged": bool}. Raises SystemExit(2) for options that make no sense.
+    "updates": int, "diverged": bool}. Raises SystemExit(2) for options that make no sense. Once
+    the list stop is no longer empty, the run saves itself as soon as it can be resumed, and ends.
     """
     check(args)
     envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes)
@@ -819,11 +843,15 @@ def train(args):
         due = args.eval_every and step // args.eval_every > before // args.eval_every
         if due and step < args.total_steps:
             evaluations.append(report_evaluation(agent, eval_envs, args, step, writer, bar))
-        if step // args.save_every > before // args.save_every:
+        if step // args.save_every > before // args.save_every or stop:
             save_run(run_dir, agent, generators, (step, updates, evaluations))
             obs = None  # a resumed run cannot go on within an episode, so neither does this one
+        if stop:
+            break
     if diverged:
         print(f"diverged at step {step}: a loss is not finite", file=sys.stderr)
+    elif step < args.total_steps:
+        print(f"stopped at step {step}: --resume {run_dir} goes on")
     else:
         if args.norm.startswith("batch") and step > start_step:  # NORM report: (F2, F3)
             report_modes(agent, args, batch.obs, step, writer)  # NORM report: before the last one
@@ -834,7 +862,8 @@ def train(args):
     writer.close()
     result = {"run_dir": str(run_dir), "eval": evaluations, "steps": step, "updates": updates}
     result["diverged"] = diverged
-    write(run_dir / "result.json", lambda file: file.write(json.dumps(result).encode()))
+    if diverged or step >= args.total_steps:
+        write(run_dir / "result.json", lambda file: file.write(json.dumps(result).encode()))
     print(f"files: {run_dir}\nlook:  tensorboard --logdir {run_dir}")
     return result
 
@@ -843,7 +872,8 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.resume:  # options not given again are those of the run
         args = tyro.cli(Args, default=saved_args(args.resume))
-    try:
-        sys.exit(3 if train(args)["diverged"] else 0)
-    except KeyboardInterrupt:
-        sys.exit("stopped: --resume continues a run that has a checkpoint.pt")
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(print("saving, then stopping", flush=True)))
+    result = train(args, stop)
+    sys.exit(3 if result["diverged"] else 1 if result["steps"] < args.total_steps else 0)

@@ -41,6 +41,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -114,6 +115,20 @@ class Args:
     target_network: bool = True  # no: bootstrap from the live networks
 
 
+LIMITS = (  # lowest and highest value of options
+    (0, 2**32 - 1, "seed"),
+    (0, math.inf, "eval_every learning_starts"),
+    (1, math.inf, "total_steps eval_episodes save_every batch_size buffer_size hidden_sizes"),
+    (1, math.inf, "policy_delay critic_hidden_sizes"),
+    (0, 1, "actor_lr critic_lr alpha_lr gamma tau"),
+    (0, 0.9999, "adam_beta1"),
+    (0, 1e6, "max_grad_norm"),
+    (-1e6, 1e6, "log_std_min log_std_max"),
+    (0, 1, "bn_momentum"),  # NORM flag: a weight
+    (0, math.inf, "bn_warmup"),  # NORM flag: a count
+)
+
+
 def fail(message):
     """End with exit code 2 and one line that says what to do."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -131,7 +146,13 @@ def changed_norm_options(args):
 
 # NORM end
 def check(args):
-    """End with one line if the options make no sense together."""
+    """End with one line if an option is out of range or options make no sense together."""
+    for low, high, names in LIMITS:
+        for name in names.split():
+            if not all(low <= value <= high for value in np.atleast_1d(getattr(args, name))):
+                fail(f"--{name.replace('_', '-')} is out of range: choose from {low} to {high}")
+    if not args.hidden_sizes:
+        fail("--hidden-sizes needs at least one width")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda finds no GPU: use --device cpu")
     # NORM begin: flag: a switch that could change nothing is a mistake
@@ -598,9 +619,13 @@ PARTS += "actor_optimizer", "critic_optimizer", "alpha_optimizer"
 def write(path, save):
     """Let save(file) fill a new file, then move it into place: a kill leaves the old or the new."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        save(file)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        temporary.unlink(missing_ok=True)
+        sys.exit(f"{path} is not written, what stood there stands: {error}")
 
 
 def save_run(run_dir, agent, buffer, generators, progress):
@@ -715,11 +740,12 @@ def report_evaluation(agent, env, args, step, writer, bar):
     return step, mean, std
 
 
-def train(args):
+def train(args, stop=()):
     """Train a policy, and return what the run came to:
 
     {"run_dir": str, "eval": [(step, mean return, std over episodes), ...], "steps": int,
-    "updates": int, "diverged": bool}. Raises SystemExit(2) for options that make no sense.
+    "updates": int, "diverged": bool}. Raises SystemExit(2) for options that make no sense. Once
+    the list stop is no longer empty, the run saves itself as soon as it can be resumed, and ends.
     """
     check(args)
     env, eval_env = make_env(args), make_env(args)
@@ -785,12 +811,16 @@ def train(args):
         if terminated or truncated:
             writer.add_scalar("charts/episodic_return", info["episode"]["r"], step)
             writer.add_scalar("charts/episodic_length", info["episode"]["l"], step)
-            if step >= save_step:
+            if step >= save_step or stop:
                 save_run(run_dir, agent, buffer, generators, (step, updates, evaluations))
                 save_step = step + args.save_every
             obs = None
+            if stop:
+                break
     if diverged:
         print(f"diverged at step {step}: the critic's loss is not finite", file=sys.stderr)
+    elif step < args.total_steps:
+        print(f"stopped at step {step}: --resume {run_dir} goes on")
     else:
         evaluations.append(report_evaluation(agent, eval_env, args, step, writer, bar))
         save_run(run_dir, agent, buffer, generators, (step, updates, evaluations))
@@ -799,7 +829,8 @@ def train(args):
     writer.close()
     result = {"run_dir": str(run_dir), "eval": evaluations, "steps": step, "updates": updates}
     result["diverged"] = diverged
-    write(run_dir / "result.json", lambda file: file.write(json.dumps(result).encode()))
+    if diverged or step >= args.total_steps:
+        write(run_dir / "result.json", lambda file: file.write(json.dumps(result).encode()))
     print(f"files: {run_dir}\nlook:  tensorboard --logdir {run_dir}")
     return result
 
@@ -808,7 +839,8 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.resume:  # options not given again are those of the run
         args = tyro.cli(Args, default=saved_args(args.resume))
-    try:
-        sys.exit(3 if train(args)["diverged"] else 0)
-    except KeyboardInterrupt:
-        sys.exit("stopped: --resume continues a run that has a checkpoint.pt")
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(print("saving, then stopping", flush=True)))
+    result = train(args, stop)
+    sys.exit(3 if result["diverged"] else 1 if result["steps"] < args.total_steps else 0)

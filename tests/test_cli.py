@@ -1,6 +1,7 @@
 """The scripts as programs: mistakes, kills, copies of a stripped file."""
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -125,6 +126,30 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(
     lines = captured.err.strip().splitlines()
     assert captured.out == "" and len(lines) == 1, lines
     assert all(word in lines[0] for word in words), lines
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_values_out_of_range(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    tried = set()
+    for low, high, names in module.LIMITS:
+        for name, value in itertools.product(names.split(), (low - 1, high + 1, float("nan"))):
+            if low <= value <= high:
+                continue  # there is no value above infinity
+            default = getattr(module.Args(), name)
+            value = (16, value) if isinstance(default, tuple) else value
+            with pytest.raises(SystemExit) as end:
+                module.train(module.Args(**{name: value}))
+            (line,) = capsys.readouterr().err.strip().splitlines()
+            assert end.value.code == 2 and line.split()[1] == f"--{name.replace('_', '-')}", line
+            tried.add(name)
+    numbers = {k for k, v in vars(module.Args()).items() if type(v) in (int, float, tuple)}
+    assert tried == numbers - {"norm_position", "action_layer"}, numbers ^ tried
+    with pytest.raises(SystemExit):
+        module.train(module.Args(hidden_sizes=()))
+    assert "--hidden-sizes needs" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -272,16 +297,49 @@ def test_checkpoints_that_are_missing_damaged_or_code_are_refused(small, tmp_pat
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    ddpg_bn.write(path, lambda file: file.write(b"old"))
+    """A file may not grow beyond 20 kB, which stops torch's own writer in the middle."""
+    path = tmp_path / "checkpoint.pt"
+    code = f"""
+import pathlib, resource, sys
+import torch
+sys.path.insert(0, {str(ROOT)!r})
+import ddpg_bn
+path = pathlib.Path({str(path)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+ddpg_bn.write(path, lambda file: torch.save(torch.zeros(10), file))
+ddpg_bn.write(path, lambda file: torch.save(torch.ones(10_000), file))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"{path} is not written")
+    assert torch.equal(torch.load(path), torch.zeros(10))
+    assert [x.name for x in tmp_path.iterdir()] == ["checkpoint.pt"]
 
-    def fails(file):
-        file.write(b"half of the n")
-        raise OSError("No space left on device")
 
-    with pytest.raises(OSError):
-        ddpg_bn.write(path, fails)
-    assert path.read_bytes() == b"old"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_saves_and_says_how_to_go_on(script, number, tmp_path):
+    options = f"{TINY[script]} --total-steps 3000"
+    path = ROOT / f"{script}.py"
+    process = run(path, f"{options} --run-dir stopped", tmp_path, wait=False)
+    deadline = time.time() + 120
+    while not list(tmp_path.glob("stopped/events*")):
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in err, err
+    lines = out.strip().splitlines()
+    assert "saving, then stopping" in lines
+    step = int(re.search(r"stopped at step (\d+): --resume stopped goes on", out)[1])
+    assert 0 < step < 3000 and not (tmp_path / "stopped/result.json").exists()
+    code, out, err = run(path, "--resume stopped", tmp_path)
+    assert code == 0 and "final evaluation" in out, err
+    if script in OFF_POLICY and number == signal.SIGINT:  # it stopped where an episode ended
+        code, _, err = run(path, f"{options} --run-dir whole", tmp_path)
+        assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "stopped"))
 
 
 # --------------------------------------------------------------------- The strip property
