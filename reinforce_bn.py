@@ -5,11 +5,12 @@ Run:
   python reinforce_bn.py --resume runs/CartPole-v1/reinforce_bn/RUN
   python reinforce_bn.py --norm batchnorm  # NORM flag: acts by running statistics
   python reinforce_bn.py --norm batchnorm --bn-rollout train  # NORM flag: by those of the moment
-  python reinforce_bn.py --norm batchnorm --bn-rollout train --bn-recalibrate 50  # NORM flag: F3
+  python reinforce_bn.py --norm batchnorm --bn-recalibrate 50  # NORM flag: repaired statistics
 
 Implementation details, sections and equations of the paper (Machine Learning 8, 229) unless said:
   (1) Environments act in parallel until each has ended an episode; learning sees these episodes
-      only. An environment that is done plays on until the others are, unlearnt from but counted.
+      only. An environment that is done plays on until the others are: those steps count, but
+      nothing is learnt from them.
   (2) A time-out is not a death: gamma V(s') is added to the last reward, s' being the true last
       observation (Pardo et al. 2018, arXiv 1712.00378).
   (3) Reward-to-go: an action answers for the rewards that follow it (Sutton et al. 2000).
@@ -52,6 +53,8 @@ from tqdm import tqdm
 
 from zfilter import RunningStat, ZFilter  # NORM obs: the one file that the scripts share
 
+torch.distributions.Distribution.set_default_validate_args(False)  # divergence is a result
+
 # ------------------------------------------------------------------------------------------- Args
 
 
@@ -78,11 +81,14 @@ class Args:
     bn_momentum: float = 0.1
     # batchrenorm: a layer's first passes in train mode, which are plain batch norm (CrossQ: 100000)
     bn_warmup: int = 100_000
-    # acting uses the running statistics, or (train) those of all environments at that moment
+    # acting uses the running statistics, or (train) those of all environments at that moment, which
+    # also move the running ones
     bn_rollout: Literal["eval", "train"] = "eval"
-    # learning uses the statistics of its batch, which also move the running ones, or (eval) these
+    # learning uses the statistics of its batch, which also move the running ones, or (eval) these;
+    # with both in eval mode nothing moves them, and the layers start and stay without effect
     bn_update: Literal["train", "eval"] = "train"
-    # passes in train mode over the last rollout, without learning, before the final evaluation
+    # passes in train mode over the last rollout, each one batch, without learning, before the final
+    # evaluation; statistics approach the batch's at the rate of --bn-momentum
     bn_recalibrate: int = 0
     reward_norm: bool = False  # divide rewards by the running deviation of their discounted sums
     # NORM end
@@ -151,8 +157,10 @@ def check(args):
         fail("--network linear has no hidden layer: use --norm-position input")
     if args.network == "cnn" and args.norm == "batchrenorm":
         fail("--norm batchrenorm is for vectors: use --norm batchnorm with --network cnn")
-    if is_batch and args.bn_rollout == "train" and args.num_envs < 2:
-        fail("--bn-rollout train needs --num-envs 2 or more: one state has no batch statistics")
+    if is_batch and args.num_envs < 2:
+        fail("--num-envs 1 has no batch statistics: use 2 or more")
+    if args.bn_recalibrate and args.norm_net == "critic":
+        fail("--bn-recalibrate needs batch norm in the actor: drop --norm-net critic")
     # NORM end
 
 
@@ -432,6 +440,9 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 def update(agent, batch, args):
     """Learn from a rollout; return losses as tensors and the number of gradient steps taken."""
+    # NORM begin: report: first_ratio is max |pi(a|s) / pi_old(a|s) - 1| before the gradient step
+    # No weight has changed yet: what differs from 1 is another mode, or other batch statistics.
+    # NORM end
     agent.actor.train(args.bn_update == "train")  # NORM mode: --bn-update
     policy = agent.actor(batch.obs)
     log_prob = policy.log_prob(batch.action)
@@ -445,7 +456,7 @@ def update(agent, batch, args):
         gradient_step(agent.critic_optimizer, loss_v, args.max_grad_norm)
     losses = {"policy": loss_pi.detach(), "critic": loss_v.detach(), "entropy": entropy.detach()}
     ratio = (log_prob.detach() - batch.log_prob).exp()  # NORM report: before the gradient step
-    losses["first_ratio"] = (ratio - 1).abs().max()  # NORM report: 0 for one and the same policy
+    losses["first_ratio"] = (ratio - 1).abs().max()  # NORM report: 0 if the policy is the same
     return losses, 1 + args.critic_steps
 
 
@@ -455,7 +466,7 @@ def update(agent, batch, args):
 def evaluate(agent, envs, act=act):
     """Play an episode in each environment, from the same starts at every call, and learn nothing.
 
-    Returns the sums of rewards, (n,).
+    act: what chooses the actions. Returns the sums of rewards, (n,).
     """
     obs, _ = envs.reset(seed=1_000_000)
     returns, playing = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
@@ -474,9 +485,10 @@ PANELS = {
     "Normalization": {
         "lag of running statistics": ["Multiline", ["norm/stat_lag"]],
         "gap between train and eval mode": ["Multiline", ["norm/train_eval_gap_.*"]],
-        "ratio before the first step": ["Multiline", ["norm/first_ratio"]],
+        "first |ratio - 1|": ["Multiline", ["norm/first_ratio"]],
         "distance of acting from learning": ["Multiline", ["norm/moment_gap"]],
         "saturation and dead units": ["Multiline", ["norm/saturation", "norm/dead_units"]],
+        "return by mode": ["Multiline", ["norm/return_.*_mode"]],
     },
     "Learning": {"return": ["Multiline", ["eval/return$", "charts/episodic_return"]]},
 }
@@ -510,24 +522,32 @@ def probe(net, *inputs):
 
 
 @torch.no_grad()
-def moment_gap(net, moments, obs):
-    """Return how far the statistics of acting in train mode lie from those of learning:
+def batch_statistics(net, obs):
+    """Return [(mean, deviation), ...] over the batch, of what each batch norm of net normalizes."""
+    net, found = copy.deepcopy(net).train(), []
 
-    |mean of the environments at one moment - mean of the batch obs| / deviation of the batch, mean
-    over features, layers and moments, (T, n, *obs_shape); None without batch norm.
-    """
-    net = copy.deepcopy(net).train()
-    layers = [x for x in net.modules() if isinstance(x, nn.BatchNorm1d | nn.BatchNorm2d)]
-    for layer in layers:
-        layer.momentum = 1.0  # the running statistics become those of the last pass
+    def keep(layer, inputs):
+        var, mean = torch.var_mean(inputs[0].movedim(1, -1).flatten(0, -2), 0, correction=0)
+        found.append((mean, (var + layer.eps).sqrt()))
+
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.register_forward_pre_hook(keep)
     net(obs)
-    learnt = [(layer.running_mean.clone(), layer.running_var + layer.eps) for layer in layers]
-    gaps = []
+    return found
+
+
+def moment_gap(net, moments, obs):
+    """Return how far apart the statistics of acting and of learning are, both in train mode:
+
+    |mean of the environments at a moment - mean of the batch obs| / deviation of the batch, mean
+    over features, layers and moments, (T, n, *obs_shape). Chance alone makes it 0.8 / sqrt(n).
+    """
+    learnt, gaps = batch_statistics(net, obs), []
     for moment in moments:
-        net(moment)
-        for layer, (mean, var) in zip(layers, learnt, strict=True):
-            gaps.append(((layer.running_mean - mean).abs() / var.sqrt()).mean().item())
-    return np.mean(gaps) if gaps else None
+        for (acted, _), (mean, std) in zip(batch_statistics(net, moment), learnt, strict=True):
+            gaps.append(((acted - mean).abs() / std).mean().item())
+    return np.mean(gaps)
 
 
 @torch.no_grad()
@@ -535,7 +555,7 @@ def norm_scalars(agent, rollout, obs):
     """Return {name: value} of the normalization panel, from the last rollout, obs a part of it:
 
     train_eval_gap_policy, _v, stat_lag and dead_units: see `probe`, means over layers.
-    moment_gap: see there, for the actor.
+    moment_gap: see there; of the actor, whether or not it acted in train mode.
     saturation: share of the components of the mean action in the outermost 1 % at either bound.
     """
     gap_policy, lags, dead = probe(agent.actor.net, obs)
@@ -590,6 +610,7 @@ def save_run(run_dir, agent, generators, progress):
     """Write all that a run needs to go on as if it had never stopped."""
     state = {part: getattr(agent, part).state_dict() for part in PARTS}
     state |= {"progress": progress, "torch": torch.get_rng_state()}
+    state["cuda"] = torch.cuda.get_rng_state_all()
     state["generators"] = [generator.bit_generator.state for generator in generators]
     # NORM begin: save: a policy is worth nothing without the statistics that it learnt with
     stats = {"obs_stat": agent.obs_stat, "obs_filter": agent.obs_filter.stat}
@@ -607,6 +628,7 @@ def load_run(run_dir, agent, generators):
         for part in PARTS:
             getattr(agent, part).load_state_dict(state[part])
         torch.set_rng_state(state["torch"])
+        torch.cuda.set_rng_state_all(state["cuda"])
         for generator, saved in zip(generators, state["generators"], strict=True):
             generator.bit_generator.state = saved
         agent.obs_stat.load_state_dict(state["obs_stat"])  # NORM save: statistics come back
@@ -654,6 +676,8 @@ def open_run(args):
     for name, value in asdict(args).items():
         if value != saved[name] and name not in free:
             fail(f"--{name.replace('_', '-')} cannot change when a run resumes: leave it out")
+    if args.total_steps < saved["total_steps"]:
+        fail(f"--total-steps {args.total_steps} is less than the run's {saved['total_steps']}")
     return Path(args.resume)
 
 
@@ -719,6 +743,8 @@ def report_modes(agent, args, obs, step, writer):
 
     All in --num-envs environments, as many as acted in training; recalibration stays.
     """
+    if args.norm_net == "critic":
+        return  # the policy has no modes
     envs = make_envs(args, args.num_envs)
     returns = {"eval": evaluate(agent, envs), "train": evaluate(agent, envs, act_in_train_mode)}
     recalibrate(agent, obs, args.bn_recalibrate)
@@ -777,9 +803,10 @@ def train(args, stop=()):
             if args.reward_norm:  # NORM reward: --reward-norm
                 reward = agent.reward_scale(reward, done)  # NORM reward: what is learnt from
             # store
-            if truncated.any():
+            timed_out = truncated & ~terminated
+            if timed_out.any():
                 after = state_value(agent, next_obs, args).cpu().numpy()
-                reward = reward + args.gamma * truncated * after  # (2)
+                reward = reward + args.gamma * timed_out * after  # (2)
             arrays = torch.as_tensor(np.float32([reward, done, playing]), device=device)
             steps.append(Rollout(seen, action, log_prob, value, *arrays))
             if done.any():
@@ -794,7 +821,10 @@ def train(args, stop=()):
         batch = make_batch(rollout, args)
         losses, taken = update(agent, batch, args)
         updates += taken
-        diverged = not torch.isfinite(losses["policy"] + losses["critic"])
+        learnt = *agent.actor.parameters(), *agent.critic.parameters()
+        diverged = not all(
+            x.isfinite().all() for x in (*learnt, losses["policy"], losses["critic"])
+        )
         # report
         if diverged:
             break
@@ -821,8 +851,10 @@ def train(args, stop=()):
     elif step < args.total_steps:
         print(f"stopped at step {step}: --resume {run_dir} goes on")
     else:
-        if args.norm.startswith("batch") and step > start_step:  # NORM report: (F2, F3)
-            report_modes(agent, args, batch.obs, step, writer)  # NORM report: before the last one
+        if args.norm.startswith("batch") and step > start_step:  # NORM report: after learning
+            report_modes(
+                agent, args, batch.obs, step, writer
+            )  # NORM report: one policy, three ways
         evaluations.append(report_evaluation(agent, eval_envs, args, step, writer, bar))
         save_run(run_dir, agent, generators, (step, updates, evaluations))
         print("final evaluation at step {}: return {:.1f} ± {:.1f}".format(*evaluations[-1]))
@@ -841,7 +873,13 @@ if __name__ == "__main__":
     if args.resume:  # options not given again are those of the run
         args = tyro.cli(Args, default=saved_args(args.resume))
     stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(print("saving, then stopping", flush=True)))
+
+    def save_and_stop(number, frame):
+        os.write(2, b"saving as soon as possible, then stopping; again to stop at once\n")
+        signal.signal(number, signal.SIG_DFL)
+        stop.append(number)
+
+    signal.signal(signal.SIGINT, save_and_stop)
+    signal.signal(signal.SIGTERM, save_and_stop)
     result = train(args, stop)
     sys.exit(3 if result["diverged"] else 1 if result["steps"] < args.total_steps else 0)

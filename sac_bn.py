@@ -61,6 +61,7 @@ from tqdm import tqdm
 from zfilter import RunningStat, ZFilter  # NORM obs: the one file that the scripts share
 
 LOG_EVERY = 1000  # environment steps between two points of a loss or a diagnostic
+torch.distributions.Distribution.set_default_validate_args(False)  # divergence is a result
 
 # ------------------------------------------------------------------------------------------- Args
 
@@ -632,6 +633,7 @@ def save_run(run_dir, agent, buffer, generators, progress):
     """Write all that a run needs to go on as if it had never stopped."""
     state = {part: getattr(agent, part).state_dict() for part in PARTS}
     state |= {"buffer": buffer.state_dict(), "progress": progress, "torch": torch.get_rng_state()}
+    state["cuda"] = torch.cuda.get_rng_state_all()
     state["generators"] = [generator.bit_generator.state for generator in generators]
     # NORM begin: save: a policy is worth nothing without the statistics that it learnt with
     for name, stat in (("obs_stat", agent.obs_stat), ("obs_filter", agent.obs_filter.stat)):
@@ -649,6 +651,7 @@ def load_run(run_dir, agent, buffer, generators):
             getattr(agent, part).load_state_dict(state[part])
         buffer.load_state_dict(state["buffer"])
         torch.set_rng_state(state["torch"])
+        torch.cuda.set_rng_state_all(state["cuda"])
         for generator, saved in zip(generators, state["generators"], strict=True):
             generator.bit_generator.state = saved
         agent.obs_stat.load_state_dict(state["obs_stat"])  # NORM save: statistics come back
@@ -695,6 +698,8 @@ def open_run(args):
     for name, value in asdict(args).items():
         if value != saved[name] and name not in free:
             fail(f"--{name.replace('_', '-')} cannot change when a run resumes: leave it out")
+    if args.total_steps < saved["total_steps"]:
+        fail(f"--total-steps {args.total_steps} is less than the run's {saved['total_steps']}")
     return Path(args.resume)
 
 
@@ -762,8 +767,6 @@ def train(args, stop=()):
     if args.resume:
         step, updates, evaluations = load_run(run_dir, agent, buffer, generators)
         evaluations = [e for e in evaluations if e[0] < args.total_steps]  # the last is made anew
-        if step > args.total_steps:
-            fail(f"--total-steps {args.total_steps} is less than the run has: {step}")
     describe_run(run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=step + 1 if args.resume else None)
     writer.add_custom_scalars(PANELS)  # NORM report: the normalization panel comes first
@@ -796,7 +799,7 @@ def train(args, stop=()):
             batch = Batch(*(torch.as_tensor(x, dtype=torch.float32, device=device) for x in batch))
             updates += 1
             losses = update(agent, batch, updates, args)
-            diverged = not math.isfinite(losses["critic"])
+            diverged = not all(map(math.isfinite, losses.values()))
         # report
         if diverged:
             break
@@ -818,7 +821,7 @@ def train(args, stop=()):
             if stop:
                 break
     if diverged:
-        print(f"diverged at step {step}: the critic's loss is not finite", file=sys.stderr)
+        print(f"diverged at step {step}: a loss is not finite", file=sys.stderr)
     elif step < args.total_steps:
         print(f"stopped at step {step}: --resume {run_dir} goes on")
     else:
@@ -840,7 +843,13 @@ if __name__ == "__main__":
     if args.resume:  # options not given again are those of the run
         args = tyro.cli(Args, default=saved_args(args.resume))
     stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(print("saving, then stopping", flush=True)))
+
+    def save_and_stop(number, frame):
+        os.write(2, b"saving as soon as possible, then stopping; again to stop at once\n")
+        signal.signal(number, signal.SIG_DFL)
+        stop.append(number)
+
+    signal.signal(signal.SIGINT, save_and_stop)
+    signal.signal(signal.SIGTERM, save_and_stop)
     result = train(args, stop)
     sys.exit(3 if result["diverged"] else 1 if result["steps"] < args.total_steps else 0)

@@ -41,6 +41,26 @@ class RareDeath(Countdown):
     every = 4
 
 
+class LastBreath(Countdown):
+    """Dies in the very step in which its time is over."""
+
+    every = 1
+
+
+class Ragged(Countdown):
+    """Episode k lasts as many steps as the environment was the k-th to be made, at most 8."""
+
+    made = 0
+
+    def __init__(self):
+        self.length = 2 + Ragged.made % 4
+        Ragged.made += 1
+
+    def step(self, action):
+        obs, reward, _, _, info = super().step(action)
+        return obs, reward, self.t == self.length, False, info
+
+
 class HugeReward(Countdown):
     reward_scale = 1e30
 
@@ -68,6 +88,8 @@ class Picture(gym.Env):
 
 gym.register("Countdown-v0", Countdown, max_episode_steps=8)
 gym.register("RareDeath-v0", RareDeath, max_episode_steps=8)
+gym.register("LastBreath-v0", LastBreath, max_episode_steps=5)
+gym.register("Ragged-v0", Ragged, max_episode_steps=8)
 gym.register("Picture-v0", Picture, max_episode_steps=10)
 gym.register("HugeReward-v0", HugeReward, max_episode_steps=8)
 

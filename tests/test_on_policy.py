@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import Countdown, checkpoint, same, scalars, tags
+from conftest import Countdown, Ragged, checkpoint, same, scalars, tags
 from torch import nn
 
 import ppo_bn
@@ -63,6 +63,55 @@ def test_time_outs_pay_what_was_to_come_and_deaths_do_not(on_policy, small, capt
             assert (after[ended][:, 0] == 0).all()  # the next row is the start of an episode
             assert (after[~ended][:, 0] == before[~ended][:, 0] + 1).all()
     assert seen == {(False, False), (True, False), (False, True)}
+
+
+def test_a_death_at_the_time_limit_is_a_death(on_policy, small, captured, monkeypatch):
+    monkeypatch.setattr(on_policy, "state_value", lambda agent, obs, args: torch.ones(len(obs)))
+    on_policy.train(small(on_policy, env="LastBreath-v0", total_steps=60, gamma=0.5))
+    for rollout in captured[0]:
+        assert torch.equal(rollout.reward, 2 + rollout.obs[..., 0])  # no bootstrap anywhere
+
+
+def test_scaled_rewards_do_not_scale_the_bootstrap(on_policy, small, captured, monkeypatch):
+    value = 123.0
+    monkeypatch.setattr(
+        on_policy, "state_value", lambda agent, obs, args: torch.full((len(obs),), value)
+    )
+    args = small(on_policy, env="RareDeath-v0", total_steps=300, gamma=0.5, reward_norm=True)
+    on_policy.train(args)
+    timed_out = [
+        reward[(obs[:, 0] == 7)] for x in captured[0] for obs, reward in zip(*x[::4], strict=True)
+    ]
+    timed_out = torch.cat(timed_out)
+    assert len(timed_out) > 3 and ((timed_out > 61.5) & (timed_out <= 61.5 + 10)).all()
+
+
+def test_reinforce_leaves_out_what_follows_in_a_run(small, monkeypatch):
+    """Four environments whose episodes last 2, 3, 4 and 5 steps, side by side."""
+    Ragged.made = 0
+    batches, make_batch = [], reinforce_bn.make_batch
+    monkeypatch.setattr(
+        reinforce_bn,
+        "make_batch",
+        lambda *inputs: batches.append(make_batch(*inputs)) or batches[-1],
+    )
+    args = small(reinforce_bn, env="Ragged-v0", total_steps=40, gamma=1.0)
+    reinforce_bn.train(args)
+    for batch in batches:
+        assert sorted(batch.obs[:, 0].tolist()) == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 4]
+        assert batch.returns.max() == 2 + 3 + 4 + 5 + 6
+    returns = [value for _, value in scalars(args.run_dir, "charts/episodic_return")]
+    assert returns == [(5 + 9 + 14 + 20) / 4] * len(batches)
+    lengths = [value for _, value in scalars(args.run_dir, "charts/episodic_length")]
+    assert lengths == [3.5] * len(batches)
+
+
+def test_evaluation_sums_one_episode_of_each_environment(on_policy, small):
+    Ragged.made = 0
+    args = small(on_policy, env="Ragged-v0", num_envs=4)
+    envs = on_policy.make_envs(args, 4)
+    agent = on_policy.make_agent(envs, args, "cpu")
+    assert on_policy.evaluate(agent, envs).tolist() == [5, 9, 14, 20]
 
 
 def test_reinforce_learns_from_first_episodes_only(small, monkeypatch):
@@ -144,6 +193,67 @@ def test_reward_to_go_against_brute_force():
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+def test_ppo_batch_by_hand():
+    """Two steps of one environment; the value after the rollout is bootstrapped from."""
+    rollout = ppo_bn.Rollout(
+        obs=torch.zeros(2, 1, 3),
+        action=torch.zeros(2, 1),
+        log_prob=torch.zeros(2, 1),
+        value=torch.tensor([[10.0], [20.0]]),
+        reward=torch.tensor([[1.0], [2.0]]),
+        done=torch.zeros(2, 1),
+    )
+    batch = ppo_bn.make_batch(rollout, torch.tensor([30.0]), ppo_bn.Args(gamma=0.5, gae_lambda=0.5))
+    last = 2 + 0.5 * 30 - 20
+    first = 1 + 0.5 * 20 - 10 + 0.25 * last
+    assert batch.advantage.tolist() == [first, last]
+    assert batch.returns.tolist() == [first + 10, last + 20]
+
+
+@pytest.mark.parametrize("options", [{}, {"entropy_coef": 0.3}, {"value_coef": 0.1}], ids=str)
+def test_what_ppo_descends(small, monkeypatch, options):
+    """The gradient step gets policy loss + value_coef critic loss - entropy_coef entropy."""
+    args = small(ppo_bn, minibatches=1, epochs=1, **options)
+    agent, found = make_agent(ppo_bn, args), []
+    monkeypatch.setattr(ppo_bn, "gradient_step", lambda optimizer, loss, _: found.append(loss))
+    torch.manual_seed(1)
+    obs, action = torch.randn(9, 4), torch.randint(2, (9,))
+    policy, advantage, returns = agent.actor(obs), torch.randn(9), torch.randn(9)
+    old = policy.log_prob(action).detach() - 0.1
+    ppo_bn.update(
+        agent, ppo_bn.Batch(obs, action, old, advantage, returns), np.random.default_rng(0), args
+    )
+    a, ratio = (advantage - advantage.mean()) / advantage.std(), np.exp(0.1)
+    value = ((agent.critic(obs) - returns) ** 2).mean()
+    p = policy.probs
+    entropy = -(p * p.log()).sum(1).mean()
+    expected = -(ratio * a).mean() + args.value_coef * value - args.entropy_coef * entropy
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_reinforce_descends(small, monkeypatch):
+    args = small(reinforce_bn, critic_steps=2, entropy_coef=0.3)
+    agent, found = make_agent(reinforce_bn, args), []
+    monkeypatch.setattr(
+        reinforce_bn, "gradient_step", lambda optimizer, loss, _: found.append((optimizer, loss))
+    )
+    obs, action = torch.randn(9, 4), torch.randint(2, (9,))
+    advantage, returns = torch.randn(9), torch.randn(9)
+    policy = agent.actor(obs)
+    batch = reinforce_bn.Batch(obs, action, torch.zeros(9), advantage, returns)
+    reinforce_bn.update(agent, batch, args)
+    a = (advantage - advantage.mean()) / advantage.std()
+    p = policy.probs
+    entropy = -(p * p.log()).sum(1).mean()
+    expected = -(policy.log_prob(action) * a).mean() - 0.3 * entropy
+    (actor, loss), *critics = found
+    assert actor is agent.actor_optimizer
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    value = ((agent.critic(obs) - returns) ** 2).mean()  # fitted to returns, not to advantages
+    assert [optimizer is agent.critic_optimizer for optimizer, _ in critics] == [True, True]
+    torch.testing.assert_close(critics[0][1], value)
+
+
 def test_clipped_loss_by_hand():
     """With clip 0.2: ratio 1.5 and A > 0 counts as 1.2, without gradient; A < 0 as 1.5."""
     old = torch.zeros(4)
@@ -193,10 +303,17 @@ def test_actions_fill_the_bounds_and_no_more(on_policy, small):
 
 
 def test_early_stop_looks_at_the_epochs_mean(small, monkeypatch):
-    args = small(ppo_bn, total_steps=100, target_kl=1e-9, epochs=5)
-    assert ppo_bn.train(args)["updates"] == 4  # one epoch of four minibatches
-    args = small(ppo_bn, total_steps=100, target_kl=1e9, epochs=5)
-    assert ppo_bn.train(args)["updates"] == 20
+    """Ratios 10, 1, 1, 1 diverge by 10 - 1 - log 10 in the first minibatch, by 0 in the last."""
+    ratios, policy_loss = itertools.cycle([10.0, 1.0, 1.0, 1.0]), ppo_bn.policy_loss
+
+    def scripted(*inputs):
+        return policy_loss(*inputs)[0], torch.tensor(next(ratios))
+
+    monkeypatch.setattr(ppo_bn, "policy_loss", scripted)
+    mean = (10 - 1 - np.log(10)) / 4
+    for target, epochs in ((mean - 0.01, 1), (mean + 0.01, 5), (0.0, 5)):
+        args = small(ppo_bn, total_steps=100, target_kl=target, epochs=5)
+        assert ppo_bn.train(args)["updates"] == 4 * epochs
 
 
 def test_minibatches_are_equal_and_cover_the_rollout(small, monkeypatch):
@@ -361,7 +478,18 @@ FIRST_RATIO = [
 
 
 @pytest.mark.parametrize("options, differs", FIRST_RATIO, ids=str)
-def test_ratio_before_the_first_step(on_policy, small, options, differs):
+def test_ratio_before_the_first_step(on_policy, small, options, differs, monkeypatch):
+    add_norm = on_policy.add_norm
+
+    def with_statistics(net, args):
+        """As if the running statistics had been learnt, so that eval mode does something."""
+        net = add_norm(net, args)
+        for name, buffer in net.named_buffers():
+            if "running" in name:
+                buffer.uniform_(0.5, 2.0)
+        return net
+
+    monkeypatch.setattr(on_policy, "add_norm", with_statistics)
     args = small(on_policy, total_steps=600, **options)
     on_policy.train(args)
     ratios = [value for _, value in scalars(args.run_dir, "norm/first_ratio")]
@@ -392,26 +520,55 @@ def test_momentum_is_a_bystander(on_policy, small):
     assert curve == curve2 and losses == losses2 and len(curve) > 3
     for key, value in weights.items():
         assert torch.equal(value, weights2[key]) == ("running" not in key), key
-    assert [r for _, r, _ in final] != [r for _, r, _ in final2]
+    assert final[-1][1] != final2[-1][1]
 
 
 def test_moment_gap_by_hand():
     """One layer on two features: |mean of the moment - mean of the batch| / std of the batch."""
     net = nn.Sequential(nn.BatchNorm1d(2))
-    batch = torch.tensor([[0.0, 10.0], [2.0, 30.0]])  # means 1, 20; unbiased variances 2, 200
+    batch = torch.tensor([[0.0, 10.0], [2.0, 30.0]])  # means 1, 20; deviations 1, 10
     moment = torch.tensor([[3.0, 20.0], [5.0, 20.0]])  # means 4, 20
     found = ppo_bn.moment_gap(net, [moment], batch)
-    assert found == pytest.approx((3 / np.sqrt(2) + 0) / 2, rel=1e-4)
+    assert found == pytest.approx((3 + 0) / 2, rel=1e-4)
     assert net[0].running_mean.tolist() == [0, 0] and net[0].momentum == 0.1
 
 
-def test_three_ways_to_evaluate(on_policy, small, capsys):
-    args = small(on_policy, norm="batchnorm", bn_rollout="train", bn_recalibrate=20)
-    on_policy.train(args)
+def test_moment_gap_looks_at_each_moment_alone():
+    """Also behind batch renormalization, whose outputs depend on running statistics."""
+    torch.manual_seed(0)
+    layers = [ppo_bn.BatchRenorm(3, 0.1, 0), nn.Linear(3, 3), ppo_bn.BatchRenorm(3, 0.1, 0)]
+    net, batch = nn.Sequential(*layers), torch.randn(64, 3)
+    moments = [torch.randn(8, 3) * k + k for k in range(1, 5)]
+    gaps = [ppo_bn.moment_gap(net, [moment], batch) for moment in moments]
+    for order in (moments, moments[::-1]):
+        assert ppo_bn.moment_gap(net, order, batch) == pytest.approx(np.mean(gaps), rel=1e-5)
+
+
+def test_three_ways_to_evaluate(on_policy, small, capsys, monkeypatch):
+    options = {"bn_rollout": "train", "bn_recalibrate": 20, "bn_momentum": 0.5}
+    args = small(on_policy, norm="batchnorm", norm_position=("input",), **options)
+    seen, evaluate = [], on_policy.evaluate
+
+    def spy(agent, envs, act=on_policy.act):
+        returns = evaluate(agent, envs, act)
+        mean = agent.actor.net[0].running_mean.clone()
+        seen.append((act, envs.num_envs, returns.mean(), mean))
+        return returns
+
+    monkeypatch.setattr(on_policy, "evaluate", spy)
+    result = on_policy.train(args)
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("return by mode"))
-    for mode in ("eval", "train", "recalibrated"):
+    ways = on_policy.act, on_policy.act_in_train_mode, on_policy.act, on_policy.act
+    assert tuple(act for act, _, _, _ in seen) == ways
+    assert [n for _, n, _, _ in seen] == [4, 4, 4, 1]
+    means = [mean for _, _, _, mean in seen]
+    assert torch.equal(means[0], means[1]) and torch.equal(means[2], means[3])
+    assert not torch.allclose(means[1], means[2])  # recalibration moved them, and they stay
+    for mode, (_, _, expected, _) in zip(("eval", "train", "recalibrated"), seen, strict=False):
         (_, value) = scalars(args.run_dir, f"norm/return_{mode}_mode")[-1]
-        assert f"{mode} {value:.1f} ±" in line
+        assert value == pytest.approx(expected) and f"{mode} {value:.1f} ±" in line
+    saved = checkpoint(args.run_dir)["actor"]["net.0.running_mean"]
+    assert torch.equal(saved, means[3]) and result["eval"][-1][1] == seen[-1][2]
 
 
 def test_evaluation_in_train_mode_uses_the_batch_and_moves_nothing(on_policy, small):
@@ -559,6 +716,24 @@ def test_same_seed_same_bits_and_evaluation_changes_nothing(on_policy, small, no
     assert same(ends[0], ends[1]) and same(ends[0], ends[2])
     other = on_policy.train(small(on_policy, norm=norm, seed=2))
     assert not same(checkpoint(other["run_dir"])["actor"], ends[0][0]["actor"])
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Countdown-v0"])
+@pytest.mark.parametrize("what", ["weight", "log_prob"])
+def test_divergence_is_a_result_wherever_it_begins(on_policy, small, env, what, monkeypatch):
+    update = on_policy.update
+
+    def broken(agent, batch, *rest):
+        if what == "log_prob" and on_policy is ppo_bn:  # the ratio overflows
+            batch = batch._replace(log_prob=batch.log_prob - 200)
+        else:
+            with torch.no_grad():
+                agent.actor.net[0].weight[0, 0] = float("nan")
+        return update(agent, batch, *rest)
+
+    monkeypatch.setattr(on_policy, "update", broken)
+    result = on_policy.train(small(on_policy, env=env))
+    assert result["diverged"] and result["eval"] == []
 
 
 def test_a_run_that_diverges_says_so(on_policy, small, capsys):

@@ -19,9 +19,9 @@ OFF_POLICY = """
     save_run load_run make_env report_evaluation
 """.split()  # noqa: SIM905
 ON_POLICY = """
-    norm_layer add_norm make_net Critic RewardScale Batch as_input act explore state_value evaluate
-    moment_gap norm_scalars act_in_train_mode recalibrate save_run load_run make_envs
-    report_evaluation report_modes
+    norm_layer add_norm make_net Actor Critic RewardScale Batch as_input act explore state_value
+    evaluate batch_statistics moment_gap norm_scalars act_in_train_mode recalibrate save_run
+    load_run make_env make_envs report_evaluation report_modes
 """.split()  # noqa: SIM905
 
 
