@@ -884,9 +884,7 @@ def train(args, stop=()):
         print(f"stopped at step {step}: --resume {run_dir} goes on")
     else:
         if args.norm.startswith("batch") and step > start_step:  # NORM report: after learning
-            report_modes(
-                agent, args, batch.obs, step, writer
-            )  # NORM report: one policy, three ways
+            report_modes(agent, args, batch.obs, step, writer)  # NORM report: three ways
         evaluations.append(report_evaluation(agent, eval_envs, args, step, writer, bar))
         save_run(run_dir, agent, generators, (step, updates, evaluations))
         print("final evaluation at step {}: return {:.1f} ± {:.1f}".format(*evaluations[-1]))
