@@ -31,7 +31,7 @@ Implementation details, sections and equations of the paper (arXiv 1707.06347) u
   learning rate  3e-4                               the same
   gamma, lambda  0.99, 0.95                         the same
   clip           0.2                                the same
-  hidden layers  64, 64, tanh                       64, 64, ReLU as in the other scripts
+  hidden layers  64, 64, tanh                       the same
 """
 
 import contextlib
@@ -60,6 +60,7 @@ from tqdm import tqdm
 
 from zfilter import RunningStat, ZFilter  # NORM obs: the one file that the scripts share
 
+ACTIVATION = nn.Tanh  # of hidden layers
 torch.distributions.Distribution.set_default_validate_args(False)  # divergence is a result
 
 # ------------------------------------------------------------------------------------------- Args
@@ -238,7 +239,7 @@ def add_norm(net, args):
     layers = [norm_layer(weight, args, weight.shape[1])] if "input" in position else []
     for layer in net:
         weight = getattr(layer, "weight", weight)
-        is_hidden = isinstance(layer, nn.ReLU)
+        is_hidden = isinstance(layer, ACTIVATION)
         layers += [norm_layer(weight, args)] if is_hidden and "pre" in position else []
         layers += [layer]
         layers += [norm_layer(weight, args)] if is_hidden and "post" in position else []
@@ -250,9 +251,9 @@ def add_norm(net, args):
 
 
 def hidden_layers(*sizes):
-    """Return linear layers, each with a ReLU, that lead from sizes[0] features to sizes[-1]."""
+    """Return linear layers, each activated, that lead from sizes[0] features to sizes[-1]."""
     pairs = itertools.pairwise(sizes)
-    return [layer for pair in pairs for layer in (nn.Linear(*pair), nn.ReLU())]
+    return [layer for pair in pairs for layer in (nn.Linear(*pair), ACTIVATION())]
 
 
 def make_net(obs_shape, outputs, gain, args):
@@ -261,7 +262,7 @@ def make_net(obs_shape, outputs, gain, args):
     if args.network == "linear":
         sizes = sizes[:1]
     if args.network == "cnn":
-        layers = [nn.Conv2d(obs_shape[0], 16, 3), nn.ReLU(), nn.Flatten()]
+        layers = [nn.Conv2d(obs_shape[0], 16, 3), ACTIVATION(), nn.Flatten()]
         sizes = 16 * (obs_shape[1] - 2) * (obs_shape[2] - 2), *sizes[1:]
     layers += [*hidden_layers(*sizes), nn.Linear(sizes[-1], outputs)]
     for layer in layers:
@@ -528,7 +529,7 @@ def probe(net, *inputs):
 
     mean |train-mode output - eval-mode output|, in the output's units;
     for each batch norm, |running mean - batch mean| / batch std, its mean over the features;
-    for each hidden layer, the share of units that no sample activates (these two in train mode).
+    for each layer of ReLUs, the share that no sample activates (these two in train mode).
     """
     net, lags, dead = copy.deepcopy(net), [], []
 

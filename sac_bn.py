@@ -60,6 +60,7 @@ from tqdm import tqdm
 
 from zfilter import RunningStat, ZFilter  # NORM obs: the one file that the scripts share
 
+ACTIVATION = nn.ReLU  # of hidden layers
 LOG_EVERY = 1000  # environment steps between two points of a loss or a diagnostic
 torch.distributions.Distribution.set_default_validate_args(False)  # divergence is a result
 
@@ -231,7 +232,7 @@ def add_norm(net, args):
     layers = [norm_layer(width, args)] if "input" in position else []
     for layer in net:
         width = getattr(layer, "out_features", width)
-        is_hidden = isinstance(layer, nn.ReLU)
+        is_hidden = isinstance(layer, ACTIVATION)
         layers += [norm_layer(width, args)] if is_hidden and "pre" in position else []
         layers += [layer]
         layers += [norm_layer(width, args)] if is_hidden and "post" in position else []
@@ -243,9 +244,9 @@ def add_norm(net, args):
 
 
 def hidden_layers(*sizes):
-    """Return linear layers, each with a ReLU, that lead from sizes[0] features to sizes[-1]."""
+    """Return linear layers, each activated, that lead from sizes[0] features to sizes[-1]."""
     pairs = itertools.pairwise(sizes)
-    return [layer for pair in pairs for layer in (nn.Linear(*pair), nn.ReLU())]
+    return [layer for pair in pairs for layer in (nn.Linear(*pair), ACTIVATION())]
 
 
 class Actor(nn.Module):
@@ -544,7 +545,7 @@ def probe(net, *inputs):
 
     mean |train-mode output - eval-mode output|, in the output's units;
     for each batch norm, |running mean - batch mean| / batch std, its mean over the features;
-    for each hidden layer, the share of units that no sample activates (these two in train mode).
+    for each layer of ReLUs, the share that no sample activates (these two in train mode).
     """
     net, lags, dead = copy.deepcopy(net), [], []
 
