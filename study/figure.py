@@ -52,13 +52,14 @@ def interval(values):
     return result.confidence_interval
 
 
-def read(file):
-    """Return {scalar: {options: {seed: [(step, value), ...]}}}."""
+def read(file, env=None):
+    """Return {scalar: {options: {seed: [(step, value), ...]}}}, of one environment or of all."""
     data = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     with open(file) as lines:
         for row in csv.DictReader(lines):
-            point = int(row["step"]), float(row["value"])
-            data[row["scalar"]][row["options"]][int(row["seed"])].append(point)
+            if env in (None, row["env"]):
+                point = int(row["step"]), float(row["value"])
+                data[row["scalar"]][row["options"]][int(row["seed"])].append(point)
     return data
 
 
