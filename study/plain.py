@@ -25,13 +25,14 @@ ROWS = (  # file, script, environment, options of its runs, what others publish
         "999 ± 2 (Tianshou, v2, 3 million, 10 seeds, best evaluation)",
     ),
     (
-        "ppo-mujoco",
-        "ppo_bn.py",
+        "ppo-mujoco-relu",
+        "ppo_bn.py with ReLU, commit 934fe84:",
         "HalfCheetah-v4",
         FILTERS,
         "1443 ± 46 (CleanRL, 3 seeds, training return); 5784 ± 1244 (Tianshou, v3, 10 seeds, best"
         " evaluation)",
     ),
+    ("ppo-mujoco-relu", "ppo_bn.py with ReLU, commit 934fe84:", "Hopper-v4", FILTERS, "as below"),
     (
         "ppo-mujoco",
         "ppo_bn.py",
