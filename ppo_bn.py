@@ -462,15 +462,15 @@ def update(agent, batch, rng, args):
     # NORM begin: report: first_ratio is max |ratio - 1| over the minibatch of the first step
     # No weight has changed yet: what differs from 1 is another mode, or other batch statistics.
     # NORM end
+    agent.actor.train(args.bn_update == "train")  # NORM mode: --bn-update
+    agent.critic.train(args.bn_update == "train")  # NORM mode: --bn-update
     steps = 0
     for _ in range(args.epochs):
-        divergences = []
-        for rows in rng.permutation(len(batch.obs)).reshape(args.minibatches, -1):
-            part = Batch(*(x[rows] for x in batch))
-            agent.actor.train(args.bn_update == "train")  # NORM mode: --bn-update
+        rows, divergences = rng.permutation(len(batch.obs)), []
+        parts = (x[rows].chunk(args.minibatches) for x in batch)
+        for part in map(Batch._make, zip(*parts, strict=True)):
             policy = agent.actor(part.obs)
             loss_pi, ratio = policy_loss(policy.log_prob(part.action), part, args)
-            agent.critic.train(args.bn_update == "train")  # NORM mode: --bn-update
             loss_v = (agent.critic(part.obs) - part.returns).square().mean()  # (4)
             entropy = policy.entropy().mean()
             loss = loss_pi + args.value_coef * loss_v - args.entropy_coef * entropy  # (7)
@@ -733,8 +733,10 @@ def make_env(args):
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) < axes:
         fail(f"--env {args.env} observes {obs_space}: --network {args.network} cannot use it")
     if isinstance(action_space, gym.spaces.Box) and action_space.is_bounded():
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-        env = gym.wrappers.ClipAction(env)  # (8)
+        scale = (action_space.high - action_space.low) / 2
+        bias = (action_space.high + action_space.low) / 2
+        box = gym.spaces.Box(-1, 1, action_space.shape)
+        env = gym.wrappers.TransformAction(env, lambda a: a.clip(-1, 1) * scale + bias, box)  # (8)
     elif not isinstance(action_space, gym.spaces.Discrete):
         fail(f"--env {args.env} acts in {action_space}: choose discrete or bounded actions")
     h, w, c = (*obs_space.shape, 1, 1, 1)[:3]

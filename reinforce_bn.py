@@ -445,6 +445,7 @@ def update(agent, batch, args):
     # No weight has changed yet: what differs from 1 is another mode, or other batch statistics.
     # NORM end
     agent.actor.train(args.bn_update == "train")  # NORM mode: --bn-update
+    agent.critic.train(args.bn_update == "train")  # NORM mode: --bn-update
     policy = agent.actor(batch.obs)
     log_prob = policy.log_prob(batch.action)
     loss_pi = policy_loss(log_prob, batch)
@@ -452,7 +453,6 @@ def update(agent, batch, args):
     loss = loss_pi - args.entropy_coef * entropy  # (7)
     gradient_step(agent.actor_optimizer, loss, args.max_grad_norm)
     for _ in range(args.critic_steps):
-        agent.critic.train(args.bn_update == "train")  # NORM mode: --bn-update
         loss_v = (agent.critic(batch.obs) - batch.returns).square().mean()  # (4)
         gradient_step(agent.critic_optimizer, loss_v, args.max_grad_norm)
     losses = {"policy": loss_pi.detach(), "critic": loss_v.detach(), "entropy": entropy.detach()}
@@ -705,8 +705,10 @@ def make_env(args):
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) < axes:
         fail(f"--env {args.env} observes {obs_space}: --network {args.network} cannot use it")
     if isinstance(action_space, gym.spaces.Box) and action_space.is_bounded():
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-        env = gym.wrappers.ClipAction(env)  # (8)
+        scale = (action_space.high - action_space.low) / 2
+        bias = (action_space.high + action_space.low) / 2
+        box = gym.spaces.Box(-1, 1, action_space.shape)
+        env = gym.wrappers.TransformAction(env, lambda a: a.clip(-1, 1) * scale + bias, box)  # (8)
     elif not isinstance(action_space, gym.spaces.Discrete):
         fail(f"--env {args.env} acts in {action_space}: choose discrete or bounded actions")
     h, w, c = (*obs_space.shape, 1, 1, 1)[:3]
