@@ -4,7 +4,8 @@ Off-policy: 256 x 256, batch 256, one update a step. PPO: 64 x 64, 16 environmen
 10 epochs of 32 minibatches. REINFORCE is left out, since the work of its update is that of the
 episodes. Each cell is a short run of a script's own train(), timed between updates, so acting,
 environment, replay, learning and logging are in it, start and evaluation are not. Cells alternate
-and repeat; the table gives medians with the lowest and highest repetition.
+and repeat; the table gives medians with the lowest and highest repetition. On Linux the process
+keeps to as many cores as --threads says, which JAX would not do by itself.
 
 The floor is the time of the environment's steps and of the bare matrix products of the updates, of
 the same shapes, one after the other in the same process.
@@ -16,6 +17,9 @@ import contextlib
 import importlib
 import io
 import itertools
+import multiprocessing
+import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -25,50 +29,68 @@ from dataclasses import dataclass
 from typing import Literal
 
 import gymnasium as gym
+import numpy as np
 import torch
 import tyro
 
 NORMS = "none", "batchnorm", "batchrenorm", "layernorm", "zfilter"
+A_ROLLOUT = 16 * 128  # PPO's steps between two updates
+GRADIENT_STEPS = 10 * 32  # PPO's in an update
 
 
 @dataclass
 class Args:
+    what: tuple[Literal["speed", "shares", "growth", "pair"], ...] = ("speed",)  # see the functions
     env: tuple[str, ...] = ("HalfCheetah-v4", "Ant-v4")  # Gymnasium ids
     script: tuple[Literal["ddpg_bn", "sac_bn", "ppo_bn"], ...] = ("ddpg_bn", "sac_bn", "ppo_bn")
     norm: tuple[str, ...] = NORMS  # values of --norm
     repeat: int = 5  # repetitions of each cell
     updates: int = 300  # updates in a repetition; PPO: three rollouts
-    threads: int = 1  # of torch
+    threads: int = 1  # of torch, and cores of the process
+
+
+@contextlib.contextmanager
+def stopwatch(module, *names):
+    """Let functions of a module note their (start, end), in a dictionary that is yielded."""
+    times, original = {name: [] for name in names}, {name: getattr(module, name) for name in names}
+
+    def timed(name, *inputs, **options):
+        start = time.perf_counter()
+        result = original[name](*inputs, **options)
+        times[name].append((start, time.perf_counter()))
+        return result
+
+    for name in names:
+        setattr(module, name, lambda *x, name=name, **y: timed(name, *x, **y))
+    try:
+        yield times
+    finally:
+        for name in names:
+            setattr(module, name, original[name])
+
+
+def run(script, **options):
+    """Run a script's train() in a folder that is thrown away, without its words."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        return script.train(script.Args(**options, device="cpu", run_dir=f"{folder}/run"))
 
 
 def time_script(name, env, norm, updates):
     """Return (environment steps a second, milliseconds an update) of a short run."""
     script = importlib.import_module(name)
-    times, original = [], script.update
-
-    def timed(*inputs):
-        start = time.perf_counter()
-        result = original(*inputs)
-        times.append((start, time.perf_counter()))
-        return result
-
     options = {"env": env, "norm": norm, "eval_every": 0, "eval_episodes": 1}
     if name == "ppo_bn":
-        steps, a_step, an_update = 4 * 2048, 2048, 320
-        options |= {"total_steps": steps}
+        options |= {"total_steps": 4 * A_ROLLOUT}
+        warm, steps, gradient_steps = 1, A_ROLLOUT, GRADIENT_STEPS
     else:
-        steps, a_step, an_update = 300 + updates + 20, 1, 1
-        options |= {"total_steps": steps, "learning_starts": 300, "buffer_size": 10_000}
-    script.update = timed
-    try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            script.train(script.Args(**options, run_dir=f"{folder}/run"))
-    finally:
-        script.update = original
-    times = times[1:] if name == "ppo_bn" else times[20:]  # the first ones warm up
+        options |= {"total_steps": 320 + updates, "learning_starts": 300, "buffer_size": 10_000}
+        warm, steps, gradient_steps = 20, 1, 1
+    with stopwatch(script, "update") as times:
+        run(script, **options)
+    times = times["update"][warm:]
     wall = times[-1][0] - times[0][0]
-    learning = sum(end - start for start, end in times) / len(times) / an_update
-    return (len(times) - 1) * a_step / wall, learning * 1e3
+    learning = sum(end - start for start, end in times) / len(times) / gradient_steps
+    return (len(times) - 1) * steps / wall, learning * 1e3
 
 
 def products(name, obs_dim, action_dim):
@@ -113,7 +135,7 @@ def time_floor(name, env, updates):
         for a, b in pairs:
             torch.mm(a, b)
     an_update = (time.perf_counter() - start) / repeats
-    share = 320 / 2048 if name == "ppo_bn" else 1
+    share = GRADIENT_STEPS / A_ROLLOUT if name == "ppo_bn" else 1
     return 1 / (a_step + share * an_update), an_update * 1e3
 
 
@@ -124,6 +146,7 @@ def time_library(library, name, env, updates):
     except ImportError:
         return None
     from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
 
     class Clock(BaseCallback):
         times = ()
@@ -132,40 +155,33 @@ def time_library(library, name, env, updates):
             self.times = [*self.times, time.perf_counter()]
             return True
 
-    clock = Clock()
+    clock, device = Clock(), {} if library == "sbx" else {"device": "cpu"}
     if name == "ppo_bn":
-        envs = gym.vector  # equal work: 16 environments in one process
-        from stable_baselines3.common.env_util import make_vec_env
-
-        envs = make_vec_env(env, 16)
-        options = {"n_steps": 128, "batch_size": 64, "n_epochs": 10}
-        model = module.PPO("MlpPolicy", envs, **options, device="cpu", seed=1)
-        model.learn(4 * 2048, callback=clock)
+        options = {"n_steps": 128, "batch_size": 64, "n_epochs": 10, "seed": 1}
+        model = module.PPO("MlpPolicy", make_vec_env(env, 16), **options, **device)
+        model.learn(4 * A_ROLLOUT, callback=clock)
         times = clock.times[128::128]  # a point a rollout, after the first
-        return (len(times) - 1) * 2048 / (times[-1] - times[0]), float("nan")
+        return (len(times) - 1) * A_ROLLOUT / (times[-1] - times[0]), float("nan")
     options = {"batch_size": 256, "learning_starts": 300, "buffer_size": 10_000, "train_freq": 1}
     options |= {"gradient_steps": 1, "policy_kwargs": {"net_arch": [256, 256]}, "seed": 1}
     kind = module.DDPG if name == "ddpg_bn" else module.SAC
-    model = kind("MlpPolicy", env, **options, **({"device": "cpu"} if library != "sbx" else {}))
-    model.learn(300 + updates + 20, callback=clock)
+    model = kind("MlpPolicy", env, **options, **device)
+    model.learn(320 + updates, callback=clock)
     times = clock.times[320:]
     return (len(times) - 1) / (times[-1] - times[0]), float("nan")
 
 
-def main(args):
-    torch.set_num_threads(args.threads)
-    warnings.simplefilter("ignore")
+def speed(args):
+    """Print steps a second and milliseconds an update of everything, beside the floor."""
     cells = {}
-    for env in args.env:
-        for name in args.script:
-            cells[env, name, "floor"] = lambda n=name, e=env: time_floor(n, e, args.updates)
-            for norm in args.norm:
-                key = env, name, f"--norm {norm}"
-                cells[key] = lambda n=name, e=env, x=norm: time_script(n, e, x, args.updates)
-            for library in ("stable_baselines3", "sbx"):
-                cells[env, name, library] = lambda n=name, e=env, x=library: time_library(
-                    x, n, e, args.updates
-                )
+    for env, name in itertools.product(args.env, args.script):
+        cells[env, name, "floor"] = lambda n=name, e=env: time_floor(n, e, args.updates)
+        for norm in args.norm:
+            key = env, name, f"--norm {norm}"
+            cells[key] = lambda n=name, e=env, x=norm: time_script(n, e, x, args.updates)
+        for library in ("stable_baselines3", "sbx"):
+            key = env, name, library
+            cells[key] = lambda n=name, e=env, x=library: time_library(x, n, e, args.updates)
     found = {key: [] for key in cells}
     for k in range(args.repeat):
         for key, measure in cells.items():
@@ -174,15 +190,90 @@ def main(args):
             if result:
                 found[key].append(result)
     print(file=sys.stderr)
-    print(f"torch {torch.__version__}, {args.threads} thread(s), {args.repeat} repetitions\n")
-    print("| environment | script | | steps a second | ms an update |\n|---|---|---|---|---|")
+    print("| environment | script | | steps a second | of none's | ms an update | of the floor |")
+    print("|---|---|---|---|---|---|---|")
     for (env, name, what), results in found.items():
         if results:
-            sps, ms = zip(*results, strict=True)
-            learning = f"{statistics.median(ms):.2f}" if ms[0] == ms[0] else ""
-            speed = f"{statistics.median(sps):.0f} ({min(sps):.0f} to {max(sps):.0f})"
-            print(f"| {env} | `{name}.py` | {what} | {speed} | {learning} |")
+            sps, ms = (np.array(x) for x in zip(*results, strict=True))
+            plain, _ = zip(*found[env, name, f"--norm {args.norm[0]}"], strict=True)
+            floor = np.array(found[env, name, "floor"])[:, 1]
+            words = [f"{np.median(sps):.0f} ({min(sps):.0f} to {max(sps):.0f})"]
+            words += [f"{np.median(sps / plain):.2f}"]  # repetition by repetition
+            is_ours = np.isfinite(ms).all()
+            words += (
+                [f"{np.median(ms):.2f}", f"{np.median(ms / floor):.2f}"] if is_ours else [""] * 2
+            )
+            print(f"| {env} | `{name}.py` | {what} |", " | ".join(words), "|")
+
+
+def shares(args):
+    """Print which part of a run, evaluated and logged by default, is neither acting nor learning.
+
+    PPO runs for 50 thousand steps, the others for 10 thousand updates: each is evaluated once
+    (the final evaluation is an extra one and does not count).
+    """
+    print("| script | `--norm` | evaluation | diagnostics of the panel |\n|---|---|---|---|")
+    for name, norm in itertools.product(args.script, ("none", "batchnorm")):
+        script = importlib.import_module(name)
+        steps = script.Args.eval_every + 2 * A_ROLLOUT
+        options = {"total_steps": steps} if name == "ppo_bn" else {"total_steps": steps + 300}
+        options |= {} if name == "ppo_bn" else {"learning_starts": 300, "buffer_size": 20_000}
+        with stopwatch(script, "update", "evaluate", "norm_scalars") as times:
+            run(script, env=args.env[0], norm=norm, **options)
+        seconds = {key: [end - start for start, end in x] for key, x in times.items()}
+        wall = times["update"][-1][1] - times["update"][0][0]
+        evaluation, panel = seconds["evaluate"][0] / wall, sum(seconds["norm_scalars"]) / wall
+        print(f"| `{name}.py` | {norm} | {evaluation:.1%} | {panel:.2%} |")
+
+
+def growth(args):
+    """Print how update time and memory of DDPG grow with the transitions that the replay holds."""
+    script = importlib.import_module("ddpg_bn")
+    rng, times = np.random.default_rng(0), {}
+    buffers = {n: script.ReplayBuffer(1_000_000, 17, 6) for n in (5_000, 200_000, 1_000_000)}
+    for n, buffer in buffers.items():
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for array in buffer.data:
+            array[:n] = 1
+        buffer.added, times[n] = n, []
+        size = sum(array[:n].nbytes for array in buffer.data) / 2**20
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 2**10
+        print(f"{n} transitions: {size:.0f} MiB of numbers, the process grew by {grown:.0f} MiB")
+    for _ in range(1000):
+        for n, buffer in buffers.items():
+            start = time.perf_counter()
+            buffer.sample(rng, 256)
+            times[n].append(time.perf_counter() - start)
+    for n, values in times.items():
+        print(f"{n} transitions: {statistics.median(values) * 1e6:.0f} us to sample a batch")
+
+
+def a_process(args, queue):
+    """Put the speed of a script, in a process that keeps to one thread, into the queue."""
+    torch.set_num_threads(1)
+    queue.put(time_script(args.script[0], args.env[0], "none", args.updates)[0])
+
+
+def pair(args):
+    """Print the speed of two runs at a time, added, as a multiple of that of one."""
+    context = multiprocessing.get_context("spawn")
+    for _ in range(args.repeat):
+        sums = []
+        for n in (1, 2):
+            queue = context.Queue()
+            processes = [context.Process(target=a_process, args=(args, queue)) for _ in range(n)]
+            for process in processes:
+                process.start()
+            sums.append(sum(queue.get() for _ in processes))
+        print(f"one {sums[0]:.0f} steps a second, two {sums[1]:.0f}: {sums[1] / sums[0]:.2f}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    args = tyro.cli(Args)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(args.threads)
+    if hasattr(os, "sched_setaffinity") and args.what != ("pair",):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    print(f"torch {torch.__version__}, {args.threads} thread(s), {args.repeat} repetitions\n")
+    for what in args.what:
+        globals()[what](args)

@@ -1,0 +1,291 @@
+"""Known mistakes with normalization: break a script yourself, see the symptom, find the line.
+
+python tests/failures.py           lists the symptoms
+python tests/failures.py 3         writes broken.py, a script with mistake 3 in it
+
+Each mistake is one edit, somebody met it or its sibling in public, and it shows a symptom that
+test_failures.py asserts: the broken script has it, the script as it is has not.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Failure:
+    """One mistake: `old` becomes `new` in the script, and then shows(module, folder) is true."""
+
+    symptom: str
+    script: str
+    old: str
+    new: str
+    why: str
+    met: str  # by whom: the address of a thread
+    shows: Callable
+
+
+def broken(failure):
+    """Return the source of the script with the mistake in it."""
+    source = (ROOT / f"{failure.script}.py").read_text()
+    assert source.count(failure.old) == 1, failure.old
+    return source.replace(failure.old, failure.new)
+
+
+# -------------------------------------------------------------------------------- The symptoms
+
+
+def agent_of(script, **options):
+    """Return a small agent for Pendulum-v1, its arguments, and a batch (off-policy) to learn."""
+    torch.manual_seed(0)
+    args = script.Args(env="Pendulum-v1", hidden_sizes=(16, 16), **options)
+    if hasattr(script, "make_envs"):
+        envs = script.make_envs(args, 8)
+        return script.make_agent(envs, args, "cpu"), args, envs
+    agent = script.make_agent(script.make_env(args), args, "cpu")
+    shapes = (64, 3), (64, 1), (64,), (64, 3), (64,)
+    batch = script.Batch(*(torch.randn(shape) for shape in shapes))
+    return agent, args, batch._replace(terminated=torch.zeros(64))
+
+
+def run(script, folder, **options):
+    """Train a small network for a moment; return the result and the checkpoint."""
+    run_dir = folder / script.__name__
+    sizes = {"hidden_sizes": (16, 16), "eval_every": 0, "eval_episodes": 1}
+    if hasattr(script, "ReplayBuffer"):
+        sizes |= {"learning_starts": 100, "batch_size": 32, "buffer_size": 1000}
+    result = script.train(script.Args(**sizes | options, run_dir=str(run_dir)))
+    path = run_dir / "checkpoint.pt"
+    return result, torch.load(path, weights_only=True) if path.exists() else None
+
+
+def target_values_differ(script, folder):
+    agent, args, batch = agent_of(script, norm="batchnorm", tau=1.0)
+    script.update(agent, batch, args)
+    with torch.no_grad():
+        live = agent.critic.eval()(batch.obs, batch.action)
+        target = agent.critic_target.eval()(batch.obs, batch.action)
+    return not torch.equal(live, target)
+
+
+def acting_fails(script, folder):
+    agent, _, _ = agent_of(script, norm="batchnorm")
+    try:
+        script.act(agent, np.zeros(3, np.float32))
+    except ValueError as error:
+        return "more than 1 value per channel" in str(error)
+    return False
+
+
+def action_depends_on_company(script, folder):
+    agent, _, _ = agent_of(script, norm="batchnorm", norm_position=("input",))
+    obs = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    return not np.allclose(script.act(agent, obs)[:2], script.act(agent, obs[:2]), atol=1e-5)
+
+
+def statistics_never_move(script, folder):
+    agent, args, batch = agent_of(script, norm="batchnorm")
+    agent.actor.eval()  # as acting leaves it
+    script.update(agent, batch, args)
+    return not any(b.any() for name, b in agent.actor.named_buffers() if "running_mean" in name)
+
+
+def statistics_move_without_learning(script, folder):
+    agent, args, batch = agent_of(script, norm="batchnorm")
+    before = [b.clone() for b in agent.actor.buffers()]
+    script.critic_loss(agent, batch, args)
+    return any(not torch.equal(a, b) for a, b in zip(before, agent.actor.buffers(), strict=True))
+
+
+def evaluation_is_counted(script, folder):
+    agent, _, _ = agent_of(script, norm="zfilter")
+    agent.obs_stat.push(np.zeros((2, 3)))
+    with gym.make("Pendulum-v1") as env:
+        script.evaluate(agent, env, 1)
+    return agent.obs_stat.count > 2
+
+
+def replay_is_not_raw(script, folder):
+    _, state = run(script, folder, env="Countdown-v0", norm="zfilter", total_steps=200)
+    time = state["buffer"]["data"][0][:, 0]  # which is counted in whole steps
+    return not torch.equal(time, time.round())
+
+
+def restored_policy_differs(script, folder):
+    options = {"env": "Countdown-v0", "norm": "zfilter", "total_steps": 200}
+    run(script, folder, **options)
+    args = script.Args(**options, hidden_sizes=(16, 16), buffer_size=1000)
+    env = script.make_env(args)
+    agent = script.make_agent(env, args, "cpu")
+    rng, buffer = np.random.default_rng(), script.ReplayBuffer(1000, 3, 1)
+    script.load_run(folder / script.__name__, agent, buffer, (rng, env.np_random, env.np_random))
+    return agent.obs_filter.stat.count == 0
+
+
+def time_outs_are_deaths(script, folder):
+    _, state = run(script, folder, env="Countdown-v0", total_steps=200)
+    obs, _, _, _, terminated = state["buffer"]["data"]
+    return bool((terminated[obs[:, 0] == 7] == 1).any())  # the step that the limit cuts
+
+
+def diverges_at_once(script, folder):
+    options = {"env": "Pendulum-v1", "num_envs": 2, "num_steps": 8, "minibatches": 16}
+    try:
+        result, _ = run(script, folder, **options, total_steps=64)
+    except SystemExit:
+        return False  # as it should: it says that a minibatch needs two samples
+    return result["diverged"]
+
+
+def ratio_is_not_one(script, folder):
+    options = {"env": "Countdown-v0", "norm": "zfilter", "num_envs": 4, "num_steps": 16}
+    seen, update = [], script.update
+
+    def watched(*inputs):
+        losses, steps = update(*inputs)
+        seen.append(float(losses["first_ratio"]))
+        return losses, steps
+
+    script.update = watched
+    run(script, folder, **options, minibatches=2, total_steps=128)
+    return max(seen) > 1e-3
+
+
+# -------------------------------------------------------------------------------- The mistakes
+
+SB3 = "https://github.com/DLR-RM/stable-baselines3"
+FAILURES = [
+    Failure(
+        "With --tau 1 a target network is a copy of the live one, yet with batch norm their values"
+        " differ.",
+        "ddpg_bn",
+        "        old.copy_(new)  # NORM target: since",
+        "        pass  # NORM target: since",
+        "`parameters()` leaves out buffers: the target's statistics stay at 0 and 1.",
+        f"{SB3}/issues/996",
+        target_values_differ,
+    ),
+    Failure(
+        "The first action after the random ones ends in `ValueError: Expected more than 1 value per"
+        " channel when training`.",
+        "ddpg_bn",
+        "agent.actor.eval()  # NORM mode: one observation",
+        "agent.actor.train()  # NORM mode: one observation",
+        "Acting in train mode: one observation has no batch statistics.",
+        "https://github.com/thu-ml/tianshou/issues/773",
+        acting_fails,
+    ),
+    Failure(
+        "No error, but what the policy does in a state depends on the other environments, and"
+        " evaluating more often changes the training.",
+        "ppo_bn",
+        "agent.actor.eval()  # NORM mode: what a policy",
+        "agent.actor.train()  # NORM mode: what a policy",
+        "Evaluation in train mode: with several observations at once torch does not complain, and"
+        " `torch.no_grad` stops gradients, not running statistics.",
+        f"{SB3}/issues/535",
+        action_depends_on_company,
+    ),
+    Failure(
+        "Learning goes on as if there were no batch norm: running statistics are 0 and 1 to the end"
+        " of the run, and `norm/stat_lag` never falls.",
+        "ddpg_bn",
+        "    agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves"
+        " running ones\n",
+        "",
+        "Nobody calls train() again after acting has called eval().",
+        "https://github.com/huggingface/lerobot/issues/3668",
+        statistics_never_move,
+    ),
+    Failure(
+        "The actor's running statistics move even while --policy-delay keeps the actor still.",
+        "sac_bn",
+        "agent.actor.eval()  # NORM mode: a'",
+        "agent.actor.train()  # NORM mode: a'",
+        "a' for the target is drawn in train mode: without gradient, but every pass in train mode"
+        " moves statistics, here toward those of the next states.",
+        f"{SB3}/pull/553",
+        statistics_move_without_learning,
+    ),
+    Failure(
+        "The count in obs_stats.npz is larger than the number of observations in training, and the"
+        " numbers of a run depend on --eval-every.",
+        "ddpg_bn",
+        "obs = agent.obs_filter(obs, update=False)  # NORM obs: the policy sees",
+        "obs = agent.obs_filter(obs)  # NORM obs: the policy sees",
+        "The filter learns from evaluation (and, in DDPG, twice from each state it acts in).",
+        "https://github.com/vwxyzjn/cleanrl/pull/556",
+        evaluation_is_counted,
+    ),
+    Failure(
+        "With --norm zfilter the replay does not hold what the environment returned.",
+        "ddpg_bn",
+        "buffer.add(obs, action, reward, next_obs, terminated)",
+        "buffer.add(agent.obs_filter(obs, update=False), action, reward, next_obs, terminated)",
+        "The replay must stay raw: what it holds was normalized by statistics of long ago.",
+        "https://github.com/hill-a/stable-baselines/issues/200",
+        replay_is_not_raw,
+    ),
+    Failure(
+        "A policy that was good when it was saved is bad after --resume, until the filter has seen"
+        " enough again.",
+        "ddpg_bn",
+        """\
+        agent.obs_stat.load_state_dict(state["obs_stat"])  # NORM save: statistics come back
+        agent.obs_filter.stat.load_state_dict(state["obs_filter"])  # NORM save: with the weights
+""",
+        "",
+        "Weights come back, the statistics that they were learnt with do not.",
+        "https://github.com/vwxyzjn/cleanrl/issues/310",
+        restored_policy_differs,
+    ),
+    Failure(
+        "In an environment that ends by its time limit only, the replay holds terminated states, and"
+        " Q stays below the return.",
+        "ddpg_bn",
+        "buffer.add(obs, action, reward, next_obs, terminated)",
+        "buffer.add(obs, action, reward, next_obs, terminated or truncated)",
+        "A time-out is taken for a death, so that the target is the last reward alone.",
+        "https://github.com/vwxyzjn/cleanrl/issues/198",
+        time_outs_are_deaths,
+    ),
+    Failure(
+        "With some --num-envs, --num-steps and --minibatches the very first loss is NaN.",
+        "ppo_bn",
+        "    if args.num_envs * args.num_steps < 2 * args.minibatches:",
+        "    if args.num_envs * args.num_steps < args.minibatches:",
+        "A minibatch of one: the deviation of a single advantage is 0 / 0.",
+        f"{SB3}/issues/325",
+        diverges_at_once,
+    ),
+    Failure(
+        "With --norm zfilter `norm/first_ratio` is not 0, although the network has no batch norm.",
+        "ppo_bn",
+        "            seen, action, log_prob, value = explore(agent, obs, args)",
+        "            _, action, log_prob, value = explore(agent, obs, args)\n"
+        "            seen = torch.as_tensor(obs, dtype=torch.float32, device=agent.device)",
+        "The rollout stores another observation than the policy saw, so learning asks a policy"
+        " that nobody followed.",
+        "https://github.com/openai/coinrun/issues/41",
+        ratio_is_not_one,
+    ),
+]
+
+if __name__ == "__main__":
+    numbers = [str(number) for number in range(1, len(FAILURES) + 1)]
+    if len(sys.argv) == 1:
+        for number, failure in zip(numbers, FAILURES, strict=True):
+            print(f"{number:>2} {failure.script}.py: {failure.symptom}")
+    elif sys.argv[1] not in numbers:
+        sys.exit(f"failures.py: {sys.argv[1]} is none of the mistakes: choose 1 to {numbers[-1]}")
+    else:
+        failure = FAILURES[int(sys.argv[1]) - 1]
+        Path("broken.py").write_text(broken(failure))
+        print(f"broken.py is {failure.script}.py with a mistake. {failure.symptom}")
