@@ -247,7 +247,7 @@ FAILURES = [
         restored_policy_differs,
     ),
     Failure(
-        "In an environment that ends by its time limit only, the replay holds terminated states, and"
+        "In an environment that ends by its time limit only, the replay holds states of death, and"
         " Q stays below the return.",
         "ddpg_bn",
         "buffer.add(obs, action, reward, next_obs, terminated)",
