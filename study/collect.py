@@ -1,23 +1,40 @@
-"""Turn finished runs into rows: python -m study.collect COMMIT RUN... > study/results/NAME.csv
+"""Bring runs made by hand into study/results: python -m study.collect COMMIT RUN_FOLDER...
 
-One row for each run, scalar and step, with the options that were not at their defaults, the seed,
-the commit of the script (as given) and the versions of the packages (as the run wrote them down).
+Each run becomes one file, study/results/<cell>/<env>-seed<k>.csv, with one row for each evaluation:
+what was run, by which commit and versions and on which processor, then a column for each scalar,
+the mean of its points since the evaluation before. A run that diverged has a last row where it
+stopped. The cell is the one in claims.toml that has the run's options.
 """
 
 import csv
-import dataclasses
 import importlib
+import io
 import json
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tyro.conf import Positional
+
+from study.cells import BY_HAND, RESULTS, fits, load, plain
 
 SCALARS = "eval/return", "charts/episodic_return", "norm/actor_grad", "norm/saturation"
 SCALARS += "norm/q_bias", "norm/stat_lag", "norm/first_ratio", "norm/moment_gap"
 SCALARS += "norm/return_eval_mode", "norm/return_train_mode", "norm/return_recalibrated_mode"
-COLUMNS = "script", "env", "options", "seed", "commit", "versions", "scalar", "step", "value"
-NOT_OPTIONS = "env", "seed", "run_dir", "resume", "save_every", "device"
+COLUMNS = "cell", "script", "env", "seed", "options", "commit", "versions", "cpu", "wall_s"
+COLUMNS += "diverged", "step", *SCALARS
+NOT_OPTIONS = "env", "seed", "run_dir", "resume", "device"
+
+
+@dataclass
+class Args:
+    commit: Positional[str]  # of the script that made the runs
+    runs: Positional[tuple[Path, ...]]  # their folders
 
 
 def as_option(name, value):
@@ -28,26 +45,97 @@ def as_option(name, value):
     return " ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
 
 
-def rows(run_dir, commit):
-    """Yield the rows of one run; of one that was stopped or diverged, as far as it came."""
-    about = json.loads((run_dir / "args.json").read_text())
-    script = about.get("script", run_dir.parent.name)
-    default = json.loads(json.dumps(dataclasses.asdict(importlib.import_module(script).Args())))
-    changed = {k: v for k, v in about["args"].items() if v != default[k] and k not in NOT_OPTIONS}
-    options = " ".join(as_option(*item) for item in changed.items())
+def processor():
+    """Return the model of this machine's processor; empty where it is not known."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
+
+
+def wall_time(run_dir):
+    """Return the seconds from first to last event, summed over the starts of a run."""
+    files = [EventFileLoader(str(file)) for file in sorted(run_dir.glob("events.out.tfevents.*"))]
+    times = [[event.wall_time for event in file.Load()] for file in files]
+    return sum(max(x) - min(x) for x in times if x)
+
+
+def rows(run, run_dir, commit):
+    """Return the rows of one run that is finished or has diverged."""
+    about, result = (json.loads((run_dir / x).read_text()) for x in ("args.json", "result.json"))
+    default = plain(importlib.import_module(run.cell.script).Args())
+    args = {k: v for k, v in about["args"].items() if k not in NOT_OPTIONS}
+    options = " ".join(as_option(k, v) for k, v in args.items() if v != default.get(k))
     versions = " ".join(f"{k}=={v}" for k, v in about["versions"].items())
-    run = script, about["args"]["env"], options, about["args"]["seed"], commit, versions
+    what = run.cell.name, run.cell.script, run.env, run.seed, options, commit, versions
+    what += processor(), round(wall_time(run_dir)), int(result["diverged"])
+
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
-    for scalar in SCALARS:
-        if scalar in events.Tags()["scalars"]:
-            last = {event.step: event.value for event in events.Scalars(scalar)}
-            for step, value in last.items():  # a finished run that is resumed is evaluated again
-                yield *run, scalar, step, f"{value:.6g}"
+    known = [scalar for scalar in SCALARS if scalar in events.Tags()["scalars"]]
+    # by step, since a finished run that is resumed is evaluated again
+    points = {scalar: {e.step: e.value for e in events.Scalars(scalar)} for scalar in known}
+    points["eval/return"] = {step: mean for step, mean, _ in result["eval"]}
+    ends = sorted({*points["eval/return"], *([result["steps"]] if result["diverged"] else [])})
+    table = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        row = dict(zip(COLUMNS, what, strict=False)) | {"step": end}
+        for scalar, values in points.items():
+            values = [value for step, value in values.items() if start < step <= end]
+            row |= {scalar: f"{np.mean(values):.6g}"} if values else {}
+        table.append(row)
+    return table
+
+
+def write(file, table):
+    """Write rows to a file that is whole as soon as it exists."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(text.getvalue())
+    os.replace(temporary, file)
+
+
+def find(run_dir, cells):
+    """Return the run of a cell that was made in a folder; ValueError if it is none."""
+    try:
+        about = json.loads((run_dir / "args.json").read_text())
+        script = about.get("script", run_dir.parent.name)
+        env, seed = about["args"]["env"], about["args"]["seed"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"no folder of a run ({error})") from None
+    known = [run for cell in cells.values() if cell.script == script for run in cell.runs()]
+    found = [
+        run for run in known if (run.env, run.seed) == (env, seed) and fits(about, run, BY_HAND)
+    ]
+    if found and found[0].cell.needs():  # of the cells that fit, the one that its statistics are of
+        source = find(Path(about["args"]["norm_stats"]).parent, cells).cell.name
+        found = [run for run in found if source in run.cell.needs()]
+    if not found:
+        raise ValueError(f"no cell of claims.toml runs {script} on {env} so, with seed {seed}")
+    return found[0]
+
+
+def main(args):
+    _, cells = load()
+    failed = False
+    for run_dir in args.runs:
+        try:
+            run = find(run_dir, cells)
+            if not (run_dir / "result.json").exists():
+                raise ValueError("is not finished")
+            file = RESULTS / f"{run.path()}.csv"
+            if file.exists():
+                raise ValueError(f"{file} exists already")
+            write(file, rows(run, run_dir, args.commit))
+            print(file)
+        except ValueError as error:
+            print(f"{run_dir}: {error}", file=sys.stderr)
+            failed = True
+    return failed
 
 
 if __name__ == "__main__":
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for folder in sorted(map(Path, sys.argv[2:])):
-        writer.writerows(rows(folder, sys.argv[1]))
+    sys.exit(main(tyro.cli(Args)))

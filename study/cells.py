@@ -1,0 +1,92 @@
+"""What is run: the cells of claims.toml, the command of each of their runs, its file of results."""
+
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+
+ROOT = Path(__file__).parent.parent
+CLAIMS = ROOT / "study" / "claims.toml"
+RESULTS = ROOT / "study" / "results"
+RUNS = Path("runs", "study")  # as seen from ROOT
+STATISTICS = "obs_stats.npz"
+PLACE = "run_dir", "resume", "device", "norm_stats"  # options that do not tell one run from another
+BY_HAND = *PLACE, "save_every", "eval_every", "eval_episodes"  # nor, if it was made by hand
+
+
+class Cell(NamedTuple):
+    """Runs of one command that differ in environment and seed only."""
+
+    name: str
+    family: str
+    script: str  # module
+    envs: tuple[str, ...]
+    steps: int
+    seeds: int  # 1, 2, ... so many
+    options: str  # {name}: obs_stats.npz of the run of that cell of the family, same env and seed
+
+    def runs(self):
+        return [Run(self, env, seed) for env in self.envs for seed in range(1, self.seeds + 1)]
+
+    def needs(self):
+        """Return the names of the cells whose statistics this one uses."""
+        return [f"{self.family}-{name}" for name in re.findall(r"\{(.+?)\}", self.options)]
+
+
+class Run(NamedTuple):
+    cell: Cell
+    env: str
+    seed: int
+
+    def path(self):
+        """Return <cell>/<env without namespace>-seed<k>, in the folders of runs and of results."""
+        return Path(self.cell.name, re.sub(r".*[:/]", "", self.env) + f"-seed{self.seed}")
+
+    def words(self, folder=RUNS):
+        """Return the options of the command, as a shell would split them."""
+
+        def statistics(match):
+            return str(folder / f"{self.cell.family}-{match[1]}" / self.path().name / STATISTICS)
+
+        words = shlex.split(re.sub(r"\{(.+?)\}", statistics, self.cell.options))
+        words += ["--env", self.env, "--seed", str(self.seed)]
+        return [*words, "--total-steps", str(self.cell.steps)]
+
+
+def load(file=CLAIMS):
+    """Return ({id: claim}, {name: Cell}) of a file of claims."""
+    data = tomllib.loads(Path(file).read_text())
+    cells = {}
+    for family, about in data["family"].items():
+        for name, options in about["cells"].items():
+            cell = "-".join(filter(None, (family, name)))
+            script, envs = about["script"].removesuffix(".py"), tuple(about["envs"])
+            options = f"{about['options']} {options}".strip()
+            cells[cell] = Cell(cell, family, script, envs, about["steps"], about["seeds"], options)
+    return {claim["id"]: claim for claim in data.get("claim", [])}, cells
+
+
+def cells_of(claim, cells):
+    """Return the names of the cells that a claim compares."""
+    words = " ".join(claim["compare"] + claim.get("also", [])).split()
+    return [name for name in dict.fromkeys(words) if name in cells]
+
+
+def plain(args):
+    """Return the options of a script as args.json holds them."""
+    return json.loads(json.dumps(dataclasses.asdict(args)))
+
+
+def fits(about, run, free):
+    """Return whether an args.json is of this run: all its options, but for those that are free."""
+    script = importlib.import_module(run.cell.script)
+    asked = plain(tyro.cli(script.Args, args=run.words()))
+    made = plain(script.Args()) | about["args"]  # an option that is newer than the run: default
+    same = all(made.get(name) == value for name, value in asked.items() if name not in free)
+    return same and bool(made.get("norm_stats")) == bool(asked.get("norm_stats"))

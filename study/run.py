@@ -1,0 +1,291 @@
+"""Run what is missing in study/results, and nothing else: python -m study.run [CLAIM or CELL ...]
+
+Without --address Ray is started on this machine, seen by nobody else; with it the runs go to a
+cluster: `ray start --head` on one machine, `ray start --address=HEAD:6379` on the others, all with
+this repository at the same path and the same Python packages (Linux or macOS).
+
+Each run takes one CPU and one thread, and leaves runs/study/<cell>/<env>-seed<k>/, what it printed
+beside it in a .log, and at its end study/results/<cell>/<env>-seed<k>.csv. A run is done if, and
+only if, that file exists: so the results of several machines are merged by copying files. A run
+that was killed, or whose machine went away, is continued from its checkpoint (anew, if it has none,
+or if the machines do not share the disk of the run folders). One that diverges is a result.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tyro.conf import Positional
+
+from study import cells, collect
+
+TRIES = 10  # of a run that is killed
+COST = {"reinforce_bn": 0.2, "ppo_bn": 1.0, "ddpg_bn": 8.0, "sac_bn": 16.0}  # of a step, roughly
+
+
+@dataclass
+class Args:
+    names: Positional[tuple[str, ...]] = ()  # ids of claims, or names of cells; none: all
+    address: str = ""  # of a Ray cluster; none: Ray on this machine
+    cpus: int | None = None  # runs at a time, without --address; none: the number of cores
+    dry_run: bool = False  # print the commands of the missing runs
+    file: Path = cells.CLAIMS  # the claims and their cells
+    results: Path = cells.RESULTS  # what is done
+    runs: Path = cells.RUNS  # folders of the runs
+
+
+def fail(message):
+    """End with exit code 2 and one line that says what to do."""
+    print(f"study.run: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# --------------------------------------------------------------------------- What a machine does
+
+
+def command(run, folder, runs):
+    """Return the command that begins a run, or continues it from its checkpoint."""
+    script = [sys.executable, f"{run.cell.script}.py"]
+    if (folder / "checkpoint.pt").exists():
+        return [*script, "--resume", str(folder)]
+    shutil.rmtree(folder, ignore_errors=True)
+    return [*script, *run.words(runs), "--run-dir", str(folder), "--device", "cpu"]
+
+
+def execute(words, log, report):
+    """Run a command, its output in an open file; return its exit code and what it printed."""
+    start = log.seek(0, os.SEEK_END)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
+    try:
+        while child.poll() is None:
+            time.sleep(0.5)
+            log.seek(start)
+            steps = re.findall(r"^step (\d+) of", log.read(), re.MULTILINE)
+            if steps:
+                report(int(steps[-1]))
+    finally:  # if the task is cancelled, the script saves itself
+        child.terminate()
+        child.wait()
+    log.seek(start)
+    return child.returncode, log.read().strip()
+
+
+def finish(run, folder, runs, log, report):
+    """Bring a run to its end, however often it is killed; RuntimeError if it is a mistake."""
+    for _ in range(TRIES):
+        if (folder / "result.json").exists():
+            return
+        words = command(run, folder, runs)
+        report(None if "--resume" in words else 0)
+        code, text = execute(words, log, report)
+        if code == 2 or (code == 1 and "stopped at step" not in text):
+            line = text.split("\n")[-1]
+            raise RuntimeError(f"{run.path()} ended with exit code {code}, see {log.name}: {line}")
+    raise RuntimeError(f"{run.path()} was killed {TRIES} times, see {log.name}")
+
+
+def work(run, commit, runs, board, paths, *contents):
+    """Make a run, or go on with it; return its rows, and its obs_stats.npz (None if it diverged).
+
+    paths and contents: the obs_stats.npz of the runs that it needs; no rows if one of these
+    diverged. The log is locked by this task and by the script that inherits it: no two scripts
+    ever share a folder.
+    """
+    if None in contents:
+        return [], None
+    os.chdir(cells.ROOT)
+    folder = runs / run.path()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "a+") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        for path, content in zip(paths, contents, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        about = folder / "args.json"
+        if about.exists() and not cells.fits(json.loads(about.read_text()), run, cells.PLACE):
+            raise RuntimeError(f"{folder} holds a run with other options: remove it")
+        finish(run, folder, runs, log, lambda step: board.show.remote(run, step))
+        table = collect.rows(run, folder, commit)
+    return table, None if table[-1]["diverged"] else (folder / cells.STATISTICS).read_bytes()
+
+
+class Board:
+    """Knows the step of each run that was begun; None if it was resumed and has said nothing."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def show(self, run, step):
+        self.steps[run] = step
+
+    def look(self):
+        return self.steps
+
+
+# ------------------------------------------------------------------------- What one driver does
+
+
+def version():
+    """Return the commit of the scripts, with + if they were changed since."""
+
+    def git(*words):
+        return subprocess.run(
+            ["git", *words], cwd=cells.ROOT, capture_output=True, text=True
+        ).stdout
+
+    return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(
+        git("status", "--porcelain", "--", "*_bn.py", "zfilter.py")
+    )
+
+
+def clock(seconds):
+    """Return a time in words."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+class Screen:
+    """Says how far all runs and each of them are, in place on a terminal."""
+
+    def __init__(self, runs):
+        self.start, self.first, self.lines = time.time(), {}, 0
+        self.left = dict.fromkeys(runs)  # that are not done
+        self.total, self.gone = len(runs), 0.0  # gone: cost of what was done since the start
+
+    def draw(self, steps):
+        """Draw the runs that are under way, at these steps."""
+        now, lines, gone = time.time(), [], self.gone
+        for run, step in steps.items():
+            if run not in self.left:
+                continue
+            line = f"  {run.path()}"
+            if step is not None:
+                if run not in self.first or step < self.first[run][1]:  # or begun anew
+                    self.first[run] = now, step
+                since, before = self.first[run]
+                gone += (step - before) * COST[run.cell.script]
+                line += f"   step {step} of {run.cell.steps}"
+                if step > before:
+                    left = (now - since) * (run.cell.steps - step) / (step - before)
+                    line += f", {clock(left)} left"
+            lines.append(line)
+        whole = sum(run.cell.steps * COST[run.cell.script] for run in self.left) + self.gone
+        left = f", {clock((now - self.start) * (whole - gone) / gone)} left" if gone else ""
+        lines.insert(0, f"{self.total - len(self.left)} of {self.total} runs{left}")
+        if sys.stdout.isatty():
+            print(f"\033[{self.lines}F\033[J" * bool(self.lines) + "\n".join(lines), flush=True)
+            self.lines = len(lines)
+        return lines
+
+    def done(self, run, words, steps):
+        """Say that a run is done, and what came of it."""
+        self.left.pop(run)
+        self.gone += (run.cell.steps - self.first.get(run, (0, 0))[1]) * COST[run.cell.script]
+        if sys.stdout.isatty():
+            print(f"\033[{self.lines}F\033[J" * bool(self.lines), end="")
+            self.lines = 0
+        print(f"{run.path()}: {words}", flush=True)
+        if not sys.stdout.isatty():
+            print(self.draw(steps)[0], flush=True)
+
+
+def choose(args):
+    """Return the runs that are to be made, and all cells."""
+    claims, known = cells.load(args.file)
+    names = []
+    for name in args.names or known:
+        if name not in claims and name not in known:
+            fail(f"{name} is no claim ({', '.join(claims)}) and no cell of {args.file}")
+        names += cells.cells_of(claims[name], known) if name in claims else [name]
+    runs = [run for name in dict.fromkeys(names) for run in known[name].runs()]
+    return [run for run in runs if not (args.results / f"{run.path()}.csv").exists()], known
+
+
+def main(args):
+    todo, known = choose(args)
+    if args.dry_run:
+        for run in todo:
+            print(shlex.join(["python", f"{run.cell.script}.py", *run.words(args.runs)]))
+    if args.dry_run or not todo:
+        return print(f"{len(todo)} runs are missing")
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"}
+    if not args.address:  # the name is Ray's; the effect, that it listens on localhost only
+        os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    try:
+        import ray
+    except ImportError:
+        fail("Ray is not installed: pip install -r study/requirements.txt")
+    options = {"log_to_driver": False, "logging_level": "error"}
+    if args.address:
+        ray.init(args.address, **options)
+    else:
+        ray.init("local", num_cpus=args.cpus, include_dashboard=False, **options)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+    board = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
+    task = ray.remote(num_cpus=1, num_returns=2, max_retries=TRIES)(work)
+    refs, commit = {}, version()
+
+    def submit(run):
+        """Start a run after those it needs; return references to its rows and statistics."""
+        if run not in refs:
+            needs = [cells.Run(known[name], run.env, run.seed) for name in run.cell.needs()]
+            paths = [args.runs / other.path() / cells.STATISTICS for other in needs]
+            contents = [submit(other)[1] for other in needs]
+            refs[run] = task.remote(run, commit, args.runs, board, paths, *contents)
+        return refs[run]
+
+    for run in todo:
+        submit(run)
+    waiting = {rows: run for run, (rows, _) in refs.items()}
+    screen = Screen(refs)
+    try:
+        while waiting:
+            for rows in ray.wait(list(waiting), timeout=1)[0]:
+                run, table = waiting.pop(rows), ray.get(rows)
+                file = args.results / f"{run.path()}.csv"
+                words = "not run, the one whose statistics it needs diverged"
+                if table:
+                    words = f"return {table[-1].get('eval/return', 'unknown')}"
+                    words += ", diverged" * table[-1]["diverged"]
+                if (
+                    table and not file.exists()
+                ):  # a run made again for its statistics stays as it was
+                    collect.write(file, table)
+                screen.done(run, words, ray.get(board.look.remote()))
+            screen.draw(ray.get(board.look.remote()))
+    except ray.exceptions.RayTaskError as error:
+        stop(ray, waiting)
+        fail(error.cause)
+    except KeyboardInterrupt:
+        print("stopping, the runs save themselves; then the same command goes on from there")
+        stop(ray, waiting)
+        sys.exit(1)
+    finally:
+        ray.shutdown()
+
+
+def stop(ray, waiting):
+    """Cancel tasks, and wait until their scripts have saved themselves."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C is final
+    for rows in waiting:
+        ray.cancel(rows, recursive=False)
+    ray.wait(list(waiting), num_returns=len(waiting), timeout=300)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
