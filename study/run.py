@@ -152,7 +152,8 @@ def version():
 def clock(seconds):
     """Return a time in words."""
     minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+    hours = f"{minutes // 60} h " if minutes >= 60 else ""
+    return f"{hours}{minutes % 60} min" if minutes else f"{seconds:.0f} s"
 
 
 class Screen:

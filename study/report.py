@@ -1,0 +1,585 @@
+"""Redraw every figure and table from study/results: python -m study.report [--check]
+
+Writes study/figures, study/CLAIMS.md (each claim with its verdict, by the rules in claims.toml),
+and what stands between markers in README.md. Intervals are 95 % bootstrap intervals of the
+interquartile mean (IQM) over seeds. A run that diverged counts with its last evaluation.
+"""
+
+import csv
+import itertools
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import tyro
+from scipy import stats
+
+from study import cells
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+REPAIRED = "--bn-policy-critic eval"
+COLORS = {  # the first whose words stand in a cell's options; legible in light and in dark
+    "batchrenorm": "#9467bd",
+    REPAIRED: "#1f9e5a",
+    "batchnorm": "#d62728",
+    "layernorm": "#3b8fd6",
+    "zfilter": "#e08a1e",
+    "fixed": "#17a2b8",
+    "": "#7f7f7f",
+}
+DASHES = "-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))  # for cells of one colour
+UNITS = {
+    "eval/return": "return in evaluation (sum of rewards)",
+    "charts/episodic_return": "return while training (sum of rewards)",
+    "norm/actor_grad": "norm of the actor's gradient",
+    "norm/saturation": "actions at their bounds (share)",
+    "norm/q_bias": "bias of Q (share of the return)",
+    "norm/stat_lag": "lag of running statistics (std)",
+}
+MODES = {  # words: metric, marker
+    "while training": ("charts/episodic_return last 1", "o"),
+    "eval mode": ("norm/return_eval_mode last 1", "s"),
+    "train mode": ("norm/return_train_mode last 1", "^"),
+    "recalibrated, eval mode": ("norm/return_recalibrated_mode last 1", "D"),
+}
+FORUM = {  # words: cell
+    "mlp": "reinforce-none",
+    "mlp, layer norm": "reinforce-layernorm",
+    "mlp, scaled rewards": "reinforce-rewards",
+    "mlp, batch norm: act eval, learn train": "reinforce-eval-train",
+    "mlp, batch norm: act train, learn train": "reinforce-train-train",
+    "the same, momentum 0.9": "reinforce-train-train-0.9",
+    "the same, momentum 0.001": "reinforce-train-train-0.001",
+    "the same, scaled rewards": "reinforce-train-train-rewards",
+    "mlp, batch norm: act eval, learn eval": "reinforce-eval-eval",
+    "linear": "reinforce-linear-none",
+    "linear, batch norm: act eval, learn train": "reinforce-linear-eval-train",
+    "linear, batch norm: act train, learn train": "reinforce-linear-train-train",
+    "linear, batch norm: act eval, learn eval": "reinforce-linear-eval-eval",
+    "cnn": "reinforce-cnn-none",
+    "cnn, batch norm: act eval, learn train": "reinforce-cnn-eval-train",
+    "cnn, batch norm: act train, learn train": "reinforce-cnn-train-train",
+}
+PUBLISHED = {  # cell, environment: what others report
+    ("reinforce-plain", "CartPole-v1"): "500 is the most there is; Gymnasium calls 475 solved",
+    ("reinforce-plain", "InvertedPendulum-v4"): (
+        "999 ± 2 (Tianshou, v2, 3 million, 10 seeds, best evaluation)"
+    ),
+    ("ppo-plain", "HalfCheetah-v4"): (
+        "1443 ± 46 (CleanRL, 3 seeds, training return); 5784 ± 1244 (Tianshou, v3, 10 seeds, best"
+        " evaluation)"
+    ),
+    ("ppo-plain", "Hopper-v4"): (
+        "2383 ± 272 (CleanRL, 3 seeds, training return); 2609 ± 701 (Tianshou, v3, 10 seeds, best"
+        " evaluation)"
+    ),
+    ("ddpg-pendulum", "Pendulum-v1"): "-152 ± 94 (Stable-Baselines3 Zoo, 20 thousand, one run)",
+    ("ddpg-plain", "HalfCheetah-v4"): (
+        "10374 ± 157 (CleanRL, one million, 3 seeds, training return)"
+    ),
+    ("sac-plain", "HalfCheetah-v4"): (
+        "5831 ± 775 (SAC with rate 1e-3 in the logs of CrossQ's authors, 10 seeds)"
+    ),
+}
+FIRST = {
+    "ddpg-first-none": "none",
+    "ddpg-first-batchnorm": "batchnorm",
+    "ddpg-first-eval-policy-critic": f"batchnorm, {REPAIRED}",
+}
+CROSSQ = {"sac-plain": "SAC", "sac-plain-crossq": "CrossQ, critics 512 wide"}
+HEAD = """# The claims
+
+Written by `python -m study.report` from the results. The rules of the verdicts stand in
+[claims.toml](claims.toml); intervals are 95 % bootstrap intervals over seeds.
+"""
+
+
+@dataclass
+class Args:
+    check: bool = False  # write nothing; end with 1 if README.md or study/CLAIMS.md is out of date
+    root: Path = cells.ROOT  # of the repository
+
+
+# --------------------------------------------------------------------------------------- Numbers
+
+
+def read(folder):
+    """Return {(cell, environment): {seed: rows}} of the files of results."""
+    data = {}
+    for file in sorted(folder.glob("*/*.csv")):
+        with open(file) as lines:
+            rows = list(csv.DictReader(lines))
+        data.setdefault((rows[0]["cell"], rows[0]["env"]), {})[int(rows[0]["seed"])] = rows
+    return data
+
+
+def points(rows, scalar):
+    """Return the steps and values of a scalar, where it is known."""
+    known = [(int(row["step"]), float(row[scalar])) for row in rows if row[scalar]]
+    return np.array(known).reshape(-1, 2).T
+
+
+def values(data, cell, env, metric):
+    """Return a metric of each seed, nan where it is not known."""
+    scalar, how = metric.split(" ", 1)
+    known = [points(rows, scalar)[1] for _, rows in sorted(data.get((cell, env), {}).items())]
+    n = int(how.split()[1]) if how.startswith("last") else 0  # 0: all
+    return [float(np.mean(x[-n:])) if len(x) else float("nan") for x in known]
+
+
+def iqm(x, axis=-1):
+    """Interquartile mean."""
+    return stats.trim_mean(x, 0.25, axis=axis)
+
+
+def interval(*samples, paired=False):
+    """Return the interval of the IQM of a sample (seeds first), or of two samples' difference."""
+    if min(map(len, samples)) < 2 or not all(np.isfinite(x).all() for x in samples):
+        return float("nan"), float("nan")
+
+    def statistic(x, y=None, axis=-1):
+        return iqm(x, axis) - (0 if y is None else iqm(y, axis))
+
+    options = {"method": "percentile", "n_resamples": 10_000, "paired": paired, "rng": 0}
+    return stats.bootstrap(samples, statistic, axis=0, **options).confidence_interval
+
+
+class Comparison(NamedTuple):
+    rule: str
+    env: str
+    left: float  # interquartile means, and the interval of their difference
+    right: float
+    low: float
+    high: float
+    verdict: str
+
+
+def judge(relation, low, high):
+    """Return whether a relation holds, fails or is not decided, by the rules in claims.toml."""
+    if np.isnan(low):
+        return "not decided"
+    if relation in (">", ">="):
+        low, high = -high, -low  # now below 0 is on the named side
+    if relation == "=":
+        return "holds" if low <= 0 <= high else "fails"
+    if low > 0:
+        return "fails"
+    return "holds" if high < 0 or relation in ("<=", ">=") else "not decided"
+
+
+def compare(data, known, claim, rule):
+    """Return the comparisons that a rule asks for, one for each environment."""
+    left, relation, right, *where = rule.split()
+    envs, found = where[1:] or known[left].envs, []
+    for env in envs:
+        x = values(data, left, env, claim["metric"])
+        if right in known:
+            y = values(data, right, env, claim.get("against", claim["metric"]))
+            low, high = interval(x, y, paired=left == right)
+        else:
+            y = [float(right)]
+            low, high = np.array(interval(x)) - y[0]
+        verdict = judge(relation, low, high)
+        if relation == "same":
+            curves = [
+                [[row[claim["metric"].split()[0]] for row in rows] for rows in seeds.values()]
+                for seeds in (data[left, env], data[right, env])
+            ]
+            verdict = "holds" if curves[0] == curves[1] else "fails"
+        found.append(Comparison(rule, env, float(iqm(x)), float(iqm(y)), low, high, verdict))
+    return found
+
+
+def onset(rows, scalar):
+    """Return the first step at which a scalar is past half of its final change."""
+    steps, x = points(rows, scalar)
+    return int(steps[np.argmax((x - x[0]) / (x[-1] - x[0] or 1) >= 0.5)])
+
+
+def number(x):
+    """Return a number as short as it may be told."""
+    if not np.isfinite(x):
+        return "unknown"
+    return f"{x:.0f}" if abs(x) >= 100 or x == int(x) else f"{x:.3g}"
+
+
+def with_interval(x):
+    """Return the IQM of a sample and its interval in words."""
+    low, high = interval(x)
+    words = number(iqm(x)) if len(x) else "no run"
+    return words if np.isnan(low) else f"{words} ({number(low)} to {number(high)})"
+
+
+# --------------------------------------------------------------------------------------- Figures
+
+
+def color(cell):
+    return next(color for words, color in COLORS.items() if words in cell.options)
+
+
+def style():
+    """Let figures be legible in light and in dark, and the same to the byte each time."""
+    for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"):
+        plt.rcParams[name] = "#808080"
+    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
+    plt.rcParams |= {"svg.hashsalt": "study", "legend.frameon": False, "axes.grid": True}
+    plt.rcParams |= {"grid.color": "#808080", "grid.alpha": 0.2}
+
+
+def save(figure, file):
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file, transparent=True, metadata={"Date": None})
+    plt.close(figure)
+
+
+def curves(ax, data, labels, known, env, scalar):
+    """Draw the IQM over seeds of each cell, and its interval as a shade.
+
+    Evaluations are matched by their number, since in REINFORCE and PPO steps differ a little; a
+    run that diverged stays at its last value.
+    """
+    used = {}
+    for cell, label in labels.items():
+        if (cell, env) not in data:
+            continue
+        seeds = [points(rows, scalar) for _, rows in sorted(data[cell, env].items())]
+        length = max(x.shape[1] for x in seeds)
+        if not length or not min(x.shape[1] for x in seeds):
+            continue
+        seeds = [np.pad(x, ((0, 0), (0, length - x.shape[1])), "edge") for x in seeds]
+        steps, y = np.max([x[0] for x in seeds], 0), np.array([x[1] for x in seeds])
+        shade = color(known[cell])
+        dash = DASHES[used.setdefault(shade, itertools.count()).__next__() % len(DASHES)]
+        ax.plot(steps / 1000, iqm(y, 0), color=shade, linestyle=dash, linewidth=2, label=label)
+        low, high = interval(y)
+        if not np.isnan(low).all():
+            ax.fill_between(steps / 1000, low, high, color=shade, alpha=0.15, linewidth=0)
+    ax.set(xlabel="environment steps (thousands)", ylabel=UNITS.get(scalar, scalar))
+    if scalar == "norm/actor_grad":
+        ax.set_yscale("log")
+
+
+def draw(data, known, panels, labels, file, levels=()):
+    """Draw a figure of (script, environment, scalar) panels, with lines at levels and a legend."""
+    columns = min(3, len(panels))
+    size = 5 * max(columns, 1.4), 3.8 * -(-len(panels) // columns) + 0.15 * len(labels)
+    figure = plt.figure(figsize=size, layout="constrained")
+    entries = {}
+    for k, (script, env, scalar) in enumerate(panels):
+        ax = figure.add_subplot(-(-len(panels) // columns), columns, k + 1)
+        here = {name: label for name, label in labels.items() if known[name].script == script}
+        curves(ax, data, here, known, env, scalar)
+        ax.set_title(f"{script}.py, {env.split('/')[-1]}")
+        for level in levels:
+            ax.axhline(level, color="#808080", linestyle=":")
+        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=3)
+    save(figure, file)
+
+
+def dots(rows, xlabel, file):
+    """Draw rows of {label: {words: (values, color, marker)}}: a point a seed, a bar their IQM."""
+    figure, ax = plt.subplots(figsize=(10, 1.6 + 0.36 * len(rows)), layout="constrained")
+    markers = {}
+    for y, columns in enumerate(rows.values()):
+        for k, (words, (x, shade, marker)) in enumerate(columns.items()):
+            height = y + (k - (len(columns) - 1) / 2) * 0.2
+            ax.plot(x, [height] * len(x), marker, color=shade, alpha=0.45, markersize=4)
+            ax.plot(iqm(x), height, "|", color=shade, markersize=10, markeredgewidth=3)
+            markers[words] = marker
+    handles = [plt.Line2D([], [], ls="", marker=m, color="#808080") for m in markers.values()]
+    figure.legend(handles, markers, loc="outside upper center", ncols=4)
+    ax.set(xlabel=xlabel, yticks=range(len(rows)), ylim=(-0.6, len(rows) - 0.4))
+    ax.set_yticklabels(rows)
+    ax.invert_yaxis()
+    save(figure, file)
+
+
+def mechanism(data, known, env, scalars, file):
+    """Draw one failing run and one repaired run on one time axis, with the onset of each scalar."""
+    size = (8, 2.2 * len(scalars) + 0.6)
+    figure, axes = plt.subplots(
+        len(scalars), 1, figsize=size, sharex=True, layout="constrained", squeeze=False
+    )
+    for ax, scalar in zip(axes[:, 0], scalars, strict=True):
+        for cell, words in (
+            ("ddpg-batchnorm", "batchnorm"),
+            ("ddpg-eval-policy-critic", f"batchnorm, {REPAIRED}"),
+        ):
+            rows = data[cell, env][1]
+            steps, x = points(rows, scalar)
+            ax.plot(steps / 1000, x, color=color(known[cell]), linewidth=2, label=words)
+            if cell == "ddpg-batchnorm":
+                at = onset(rows, scalar) / 1000
+                ax.axvline(at, color=color(known[cell]), linestyle=":")
+                ax.annotate(
+                    f" onset {at:.0f}", (at, 1), xycoords=("data", "axes fraction"), va="top"
+                )
+        ax.set_ylabel("\n(".join(UNITS[scalar].split(" (")))
+    axes[-1, 0].set_xlabel(f"environment steps (thousands), {env}, seed 1")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    save(figure, file)
+
+
+# ---------------------------------------------------------------------------------------- Tables
+
+
+def table(head, rows):
+    """Return a table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def missing(data, known, names):
+    """Return {cell: number of its runs that are missing}."""
+    return {
+        name: n
+        for name in names
+        if (n := sum(run.seed not in data.get((name, run.env), {}) for run in known[name].runs()))
+    }
+
+
+def final_table(data, known, labels):
+    """Return the table of final returns of cells, in the one environment that they have."""
+    rows = []
+    for cell, label in labels.items():
+        x = values(data, cell, known[cell].envs[0], "eval/return last 1")
+        rows.append([label, len(x), with_interval(x), ", ".join(f"{v:.0f}" for v in x)])
+    return table(["options", "seeds", "final return, IQM (95 % interval)", "each seed"], rows)
+
+
+def plain_table(data, known):
+    """Return the table of the algorithms without normalization layers, beside published results."""
+    rows = []
+    for (name, env), published in PUBLISHED.items():
+        cell, x = known[name], values(data, name, env, "eval/return last 1")
+        options = re.sub(r" ?--eval-every \d+", "", cell.options)
+        ours = (
+            ", ".join(f"{v:.0f}" for v in x)
+            + "; " * (len(x) > 1)
+            + with_interval(x) * (len(x) != 1)
+        )
+        what = f"`{cell.script}.py {options}".rstrip() + "`"
+        rows.append([what, f"{env}, {cell.steps / 1e6:g} million", ours, published])
+    head = "script", "environment, steps", "ours: each seed; IQM (95 % interval)", "published"
+    return table(head, rows)
+
+
+def forum_table(data, known, done):
+    """Return the table of returns in each mode, of the cells that are done."""
+    rows = []
+    for words, name in done.items():
+        found = modes(data, known, name)
+        texts = [with_interval(found[mode][0]) if mode in found else "" for mode in MODES]
+        rows.append([words, known[name].seeds, *texts])
+    return table(["", "seeds", *MODES], rows)
+
+
+def command(cell):
+    """Return the command of a cell's first run, and how the others differ."""
+    run = cell.runs()[0]
+    others = [f"--env {env}" for env in cell.envs[1:]] + [f"--seed 2 to {cell.seeds}"] * (
+        cell.seeds > 1
+    )
+    line = f"python {cell.script}.py " + " ".join(run.words())
+    return line + ("  # " + ", ".join(others) if others else "")
+
+
+def verdict_of(claim, comparisons):
+    """Return (verdict, the comparison that decides it) of a claim without missing runs."""
+    decisive = [c for rule in claim["compare"] for c in comparisons if c.rule == rule]
+    for verdict in ("fails", "not decided", "holds"):
+        for comparison in decisive:
+            if comparison.verdict == verdict:
+                return verdict, comparison
+    raise AssertionError(claim["id"])
+
+
+def why(known, c):
+    """Say in one line what a comparison found."""
+    left, relation, right, *_ = c.rule.split()
+    words = f"`{left}` {number(c.left)}, claimed {relation} "
+    words += f"`{right}` {number(c.right)}" if right in known else right
+    difference = f"difference {number(c.left - c.right)} ({number(c.low)} to {number(c.high)})"
+    return f"{c.env.split('/')[-1]}: {words}; {difference}"
+
+
+def claim_page(data, known, claim, figures):
+    """Return (a claim's part of CLAIMS.md, its row of the summary); draw it if figures is given."""
+    names = cells.cells_of(claim, known)
+    title = (
+        f"## {claim['id']}. {claim['says']}\n\n{claim['source'][0].upper()}{claim['source'][1:]}."
+    )
+    run = f"python -m study.run {claim['id']}"
+    commands = "\n".join(["```bash", run, *(command(known[x]) for x in names), "```"])
+    about = f"{claim['id']}: {claim['says']}", claim["source"]
+    if gone := missing(data, known, names):
+        total = sum(len(known[name].runs()) for name in names)
+        words = f"{sum(gone.values())} of {total} runs are missing"
+        listed = ", ".join(f"`{name}` ({n})" for name, n in gone.items())
+        page = f"{title}\n\n**{words}**: {listed}.\n\n{commands}\n"
+        return page, [*about, "no verdict yet", "", words]
+
+    rules = claim["compare"] + [x for x in claim.get("also", []) if not x.startswith("order")]
+    comparisons = [c for rule in rules for c in compare(data, known, claim, rule)]
+    verdict, decisive = verdict_of(claim, comparisons)
+    file = f"figures/{claim['id']}.svg"
+    if figures:
+        draw_claim(data, known, claim, names, figures / f"{claim['id']}.svg")
+    rows = []
+    for c in comparisons:
+        also = "" if c.rule in claim["compare"] else "also: "
+        interval_ = f"{number(c.left - c.right)} ({number(c.low)} to {number(c.high)})"
+        sides = number(c.left), number(c.right), interval_
+        rows.append([f"{also}`{c.rule}`", c.env, *sides, c.verdict])
+    head = "comparison", "environment", "left", "right", "difference (95 %)", "verdict"
+    parts = [title, f"Verdict: **{verdict}**. Metric: {claim['metric']}."]
+    parts[1] += f" Right-hand side: {claim['against']}." if "against" in claim else ""
+    parts += [
+        f"![{claim['id']}]({file})",
+        table(head, rows),
+        seeds_table(data, known, claim, names),
+    ]
+    parts += onsets(data, known, claim)
+    return "\n\n".join([*parts, commands]) + "\n", [
+        *about,
+        verdict,
+        f"[figure](study/{file})",
+        why(known, decisive),
+    ]
+
+
+def seeds_table(data, known, claim, names):
+    """Return the table of a claim's metric in each cell and environment."""
+    rows = []
+    for name in names:
+        for env in known[name].envs:
+            diverged = sum(rows[-1]["diverged"] == "1" for rows in data[name, env].values())
+            for metric in filter(None, (claim["metric"], claim.get("against"))):
+                x = values(data, name, env, metric)
+                what = f"`{name}`" + f", {metric}" * ("against" in claim)
+                rows.append([what, env, with_interval(x), ", ".join(map(number, x)), diverged])
+    return table(["cell", "environment", "IQM (95 %)", "each seed", "diverged"], rows)
+
+
+def onsets(data, known, claim):
+    """Return the lines that say when each scalar of a claim's order of onset began, if it asks."""
+    lines = []
+    for rule in claim.get("also", []):
+        if rule.startswith("order of onset: "):
+            cell = known[claim["compare"][0].split()[0]]
+            lines += [f"Onset in `{cell.name}`: the first step past half of the final change."]
+            rows = []
+            for env, scalar in itertools.product(cell.envs, rule.split(": ")[1].split(", ")):
+                steps = [onset(rows, scalar) for _, rows in sorted(data[cell.name, env].items())]
+                rows.append([env, scalar, ", ".join(map(str, steps))])
+            lines.append(table(["environment", "scalar", "step, each seed"], rows))
+    return lines
+
+
+def draw_claim(data, known, claim, names, file):
+    """Draw what a claim is about: curves, the modes of one policy, or its order of onset."""
+    scalar = claim["metric"].split()[0]
+    panels = {(known[name].script, env, scalar): 0 for name in names for env in known[name].envs}
+    order = [rule for rule in claim.get("also", []) if rule.startswith("order of onset: ")]
+    if order:
+        return mechanism(
+            data, known, next(iter(panels))[1], order[0].split(": ")[1].split(", "), file
+        )
+    if "against" in claim:
+        sides = {
+            words: m for words, m in MODES.items() if m[0] in (claim["metric"], claim["against"])
+        }
+        rows = {name: modes(data, known, name, sides) for name in names}
+        return dots(rows, "return (sum of rewards)", file)
+    sides = [rule.split()[2] for rule in claim["compare"]]
+    levels = [float(side) for side in sides if side not in known]
+    draw(data, known, list(panels), dict(zip(names, names, strict=True)), file, levels)
+
+
+def modes(data, known, name, sides=MODES):
+    """Return {words: (values, color, marker)} of a cell, as `dots` draws them."""
+    env, row = known[name].envs[0], {}
+    for words, (metric, marker) in sides.items():
+        x = values(data, name, env, metric)
+        if words == "eval mode" and np.isnan(x).all():  # without batch norm there is one mode
+            x = values(data, name, env, "eval/return last 1")
+        if not np.isnan(x).any():
+            row[words] = x, color(known[name]), marker
+    return row
+
+
+# ------------------------------------------------------------------------------------ All of it
+
+
+def between(text, name, content):
+    """Return a text with new content between the markers of this name."""
+    pattern = rf"(<!-- {name} begin -->\n).*?(<!-- {name} end -->)"
+    text, n = re.subn(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
+    if n != 1:
+        raise SystemExit(f"study.report: README.md needs <!-- {name} begin --> and end once")
+    return text
+
+
+def not_made(names):
+    words = f"The runs are not made yet; `python -m study.run {' '.join(names)}`"
+    return f"{words} makes them, and `python -m study.report` puts them here."
+
+
+def make(data, known, claims, figures):
+    """Return {marker: text for README.md} and the text of CLAIMS.md; draw if figures is given."""
+    env = "HalfCheetah-v4"
+    blocks = {"plain": plain_table(data, known)}
+    panels = {"first": (FIRST, "norm/actor_grad"), "crossq": (CROSSQ, "norm/q_bias")}
+    for name, (labels, scalar) in panels.items():
+        if missing(data, known, labels):
+            blocks[name] = not_made(labels)
+            continue
+        picture = f"![Return and {UNITS[scalar]}, {env}](study/figures/{name}.svg)"
+        blocks[name] = f"{picture}\n\n{final_table(data, known, labels)}"
+        if figures:
+            script = known[next(iter(labels))].script
+            sides = (script, env, "eval/return"), (script, env, scalar)
+            draw(data, known, sides, labels, figures / f"{name}.svg")
+
+    done = {words: name for words, name in FORUM.items() if not missing(data, known, [name])}
+    blocks["forum"] = not_made([f"F{k}" for k in range(1, 7)])
+    if done:
+        picture = "![Returns of one policy in three modes](study/figures/forum.svg)"
+        blocks["forum"] = f"{picture}\n\n{forum_table(data, known, done)}"
+        cartpole = {words: name for words, name in done.items() if "cnn" not in name}
+        if figures and cartpole:
+            rows = {words: modes(data, known, name) for words, name in cartpole.items()}
+            dots(rows, "return (steps of balance, at most 500)", figures / "forum.svg")
+
+    pages, rows = zip(
+        *(claim_page(data, known, claim, figures) for claim in claims.values()), strict=True
+    )
+    blocks["claims"] = table(["claim", "who says it", "verdict", "figure", "why"], rows)
+    return blocks, "\n".join([HEAD, *pages])
+
+
+def main(args):
+    style()
+    readme, page = args.root / "README.md", args.root / "study" / "CLAIMS.md"
+    claims, known = cells.load(args.root / "study" / "claims.toml")
+    figures = None if args.check else args.root / "study" / "figures"
+    blocks, text = make(read(args.root / "study" / "results"), known, claims, figures)
+    new = {readme: readme.read_text(), page: text}
+    for name, content in blocks.items():
+        new[readme] = between(new[readme], name, content)
+    for file, content in new.items():
+        if not args.check:
+            file.write_text(content)
+        elif not file.exists() or file.read_text() != content:
+            sys.exit(f"{file.name} is out of date: run python -m study.report")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

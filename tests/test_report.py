@@ -1,0 +1,104 @@
+"""The report: verdicts follow from numbers by the rules, and the README from the results."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from study import cells, collect
+
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+report = pytest.importorskip("study.report")
+
+CLAIM = {"id": "T1", "source": "nobody", "says": "Something.", "metric": "eval/return last 1"}
+LEVELS = {"ddpg-none": 100, "ddpg-batchnorm": 50, "ddpg-zfilter": 101}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Return a repository in which some runs were made, one of which diverged."""
+    (tmp_path / "study").mkdir()
+    shutil.copy(cells.ROOT / "README.md", tmp_path)
+    shutil.copy(cells.CLAIMS, tmp_path / "study")
+    for name, level in LEVELS.items():
+        for run in cells.load()[1][name].runs():
+            about = {"cell": name, "env": run.env, "seed": run.seed, "diverged": 0}
+            rows = [about | {"step": k, "eval/return": level + run.seed + k} for k in (1, 2)]
+            if name == "ddpg-none" and run.seed == 1:
+                rows.append(about | {"step": 3, "diverged": 1})
+            collect.write(tmp_path / "study" / "results" / f"{run.path()}.csv", rows)
+    return tmp_path
+
+
+def test_the_readme_tells_the_committed_results():
+    report.main(report.Args(check=True))
+
+
+def test_what_is_out_of_date_is_told_and_mended_and_figures_are_the_same_to_the_byte(root):
+    with pytest.raises(SystemExit, match=r"README\.md is out of date: run python -m study.report"):
+        report.main(report.Args(check=True, root=root))
+    report.main(report.Args(root=root))
+    report.main(report.Args(check=True, root=root))
+    assert not (root / "study" / "figures").exists()  # no claim has all of its runs
+    for name in ("ddpg-crossnorm", "ddpg-batchnorm-actor", "ddpg-batchnorm-critic"):
+        shutil.copytree(root / "study/results/ddpg-none", root / "study/results" / name)
+        for file in (root / "study/results" / name).iterdir():
+            file.write_text(file.read_text().replace("ddpg-none", name))
+    report.main(report.Args(root=root))
+    figure = root / "study" / "figures" / "Z6.svg"
+    before = figure.read_bytes()
+    report.main(report.Args(root=root))
+    assert figure.read_bytes() == before
+    assert "| holds | [figure](study/figures/Z6.svg) |" in (root / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "relation, below, around, above",
+    [
+        ("<", "holds", "not decided", "fails"),
+        ("<=", "holds", "holds", "fails"),
+        ("=", "fails", "holds", "fails"),
+        (">=", "fails", "holds", "holds"),
+        (">", "fails", "not decided", "holds"),
+    ],
+)
+def test_verdicts_follow_the_rules(relation, below, around, above):
+    intervals = (-2, -1), (-1, 1), (1, 2)
+    assert [report.judge(relation, *x) for x in intervals] == [below, around, above]
+    assert report.judge(relation, np.nan, np.nan) == "not decided"
+
+
+@pytest.mark.parametrize(
+    "rule, verdict",
+    [
+        ("ddpg-batchnorm < ddpg-none", "holds"),
+        ("ddpg-batchnorm > ddpg-none", "fails"),
+        ("ddpg-zfilter > ddpg-none in Hopper-v4", "not decided"),
+        ("ddpg-none > 90", "holds"),
+        ("ddpg-none same ddpg-none", "holds"),
+        ("ddpg-none same ddpg-zfilter", "fails"),
+    ],
+)
+def test_comparisons_of_runs(root, rule, verdict):
+    found = report.compare(report.read(root / "study/results"), cells.load()[1], CLAIM, rule)
+    assert [c.verdict for c in found] == [verdict] * len(found)
+    assert [c.env for c in found] == rule.split()[4:] or ["HalfCheetah-v4", "Hopper-v4"]
+
+
+def test_a_run_that_diverged_counts_with_its_last_evaluation(root):
+    data = report.read(root / "study/results")
+    values = report.values(data, "ddpg-none", "Hopper-v4", "eval/return last 1")
+    assert values == [103, 104, 105]
+    assert report.values(data, "ddpg-none", "Hopper-v4", "eval/return mean")[0] == 102.5
+
+
+def test_the_onset_is_past_half_of_the_final_change():
+    x = [1.0, 1.0, 0.0, -1.0, -3.0, -2.0]
+    rows = [{"step": 10 * k, "x": v} for k, v in enumerate(x, 1)]
+    assert report.onset(rows, "x") == 40
+
+
+def test_one_run_has_no_interval():
+    assert np.isnan(report.interval([1.0])).all()
+    assert report.with_interval([1.0]) == "1" and report.with_interval([]) == "no run"
