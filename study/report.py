@@ -8,6 +8,7 @@ interquartile mean (IQM) over seeds. A run that diverged counts with its last ev
 import csv
 import itertools
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,7 @@ FIRST = {
     "ddpg-first-eval-policy-critic": f"batchnorm, {REPAIRED}",
 }
 CROSSQ = {"sac-plain": "SAC", "sac-plain-crossq": "CrossQ, critics 512 wide"}
+ORDER = "order of onset: "
 HEAD = """# The claims
 
 Written by `python -m study.report` from the results. The rules of the verdicts stand in
@@ -220,6 +222,7 @@ def with_interval(x):
 
 
 def color(cell):
+    """Return the color of a cell's normalizer, the same in every figure."""
     return next(color for words, color in COLORS.items() if words in cell.options)
 
 
@@ -255,7 +258,7 @@ def curves(ax, data, labels, known, env, scalar):
         seeds = [np.pad(x, ((0, 0), (0, length - x.shape[1])), "edge") for x in seeds]
         steps, y = np.max([x[0] for x in seeds], 0), np.array([x[1] for x in seeds])
         shade = color(known[cell])
-        dash = DASHES[used.setdefault(shade, itertools.count()).__next__() % len(DASHES)]
+        dash = DASHES[next(used.setdefault(shade, itertools.count())) % len(DASHES)]
         ax.plot(steps / 1000, iqm(y, 0), color=shade, linestyle=dash, linewidth=2, label=label)
         low, high = interval(y)
         if not np.isnan(low).all():
@@ -301,29 +304,20 @@ def dots(rows, xlabel, file):
     save(figure, file)
 
 
-def mechanism(data, known, env, scalars, file):
-    """Draw one failing run and one repaired run on one time axis, with the onset of each scalar."""
-    size = (8, 2.2 * len(scalars) + 0.6)
-    figure, axes = plt.subplots(
-        len(scalars), 1, figsize=size, sharex=True, layout="constrained", squeeze=False
-    )
-    for ax, scalar in zip(axes[:, 0], scalars, strict=True):
-        for cell, words in (
-            ("ddpg-batchnorm", "batchnorm"),
-            ("ddpg-eval-policy-critic", f"batchnorm, {REPAIRED}"),
-        ):
-            rows = data[cell, env][1]
-            steps, x = points(rows, scalar)
-            ax.plot(steps / 1000, x, color=color(known[cell]), linewidth=2, label=words)
-            if cell == "ddpg-batchnorm":
-                at = onset(rows, scalar) / 1000
-                ax.axvline(at, color=color(known[cell]), linestyle=":")
-                ax.annotate(
-                    f" onset {at:.0f}", (at, 1), xycoords=("data", "axes fraction"), va="top"
-                )
+def mechanism(data, known, names, env, scalars, file):
+    """Draw seed 1 of two cells on one time axis, with the onset of each scalar in the first."""
+    size = 8, 2.2 * len(scalars) + 0.6
+    figure, axes = plt.subplots(len(scalars), figsize=size, sharex=True, layout="constrained")
+    for ax, scalar in zip(axes, scalars, strict=True):
+        for name in names:
+            steps, x = points(data[name, env][1], scalar)
+            ax.plot(steps / 1000, x, color=color(known[name]), linewidth=2, label=name)
+        at = onset(data[names[0], env][1], scalar) / 1000
+        ax.axvline(at, color=color(known[names[0]]), linestyle=":")
+        ax.annotate(f" onset {at:.0f}", (at, 1), xycoords=("data", "axes fraction"), va="top")
         ax.set_ylabel("\n(".join(UNITS[scalar].split(" (")))
-    axes[-1, 0].set_xlabel(f"environment steps (thousands), {env}, seed 1")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    axes[-1].set_xlabel(f"environment steps (thousands), {env}, seed 1")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     save(figure, file)
 
 
@@ -360,11 +354,8 @@ def plain_table(data, known):
     for (name, env), published in PUBLISHED.items():
         cell, x = known[name], values(data, name, env, "eval/return last 1")
         options = re.sub(r" ?--eval-every \d+", "", cell.options)
-        ours = (
-            ", ".join(f"{v:.0f}" for v in x)
-            + "; " * (len(x) > 1)
-            + with_interval(x) * (len(x) != 1)
-        )
+        ours = ", ".join(f"{v:.0f}" for v in x) or "no run"
+        ours += f"; {with_interval(x)}" if len(x) > 1 else ""
         what = f"`{cell.script}.py {options}".rstrip() + "`"
         rows.append([what, f"{env}, {cell.steps / 1e6:g} million", ours, published])
     head = "script", "environment, steps", "ours: each seed; IQM (95 % interval)", "published"
@@ -383,12 +374,10 @@ def forum_table(data, known, done):
 
 def command(cell):
     """Return the command of a cell's first run, and how the others differ."""
-    run = cell.runs()[0]
-    others = [f"--env {env}" for env in cell.envs[1:]] + [f"--seed 2 to {cell.seeds}"] * (
-        cell.seeds > 1
-    )
-    line = f"python {cell.script}.py " + " ".join(run.words())
-    return line + ("  # " + ", ".join(others) if others else "")
+    seeds = [f"--seed 2 to {cell.seeds}"] if cell.seeds > 1 else []
+    others = ", ".join([f"--env {env}" for env in cell.envs[1:]] + seeds)
+    line = f"python {cell.script}.py {shlex.join(cell.runs()[0].words())}"
+    return f"{line}  # and {others}" if others else line
 
 
 def verdict_of(claim, comparisons):
@@ -412,47 +401,36 @@ def why(known, c):
 
 def claim_page(data, known, claim, figures):
     """Return (a claim's part of CLAIMS.md, its row of the summary); draw it if figures is given."""
-    names = cells.cells_of(claim, known)
-    title = (
-        f"## {claim['id']}. {claim['says']}\n\n{claim['source'][0].upper()}{claim['source'][1:]}."
-    )
-    run = f"python -m study.run {claim['id']}"
-    commands = "\n".join(["```bash", run, *(command(known[x]) for x in names), "```"])
-    about = f"{claim['id']}: {claim['says']}", claim["source"]
+    name, names = claim["id"], cells.cells_of(claim, known)
+    lines = ["```bash", f"python -m study.run {name}", *(command(known[x]) for x in names), "```"]
+    commands = "\n".join(lines) + "\n"
+    parts = [f"## {name}. {claim['says']}", f"Said by: {claim['source']}."]
+    row = [f"{name}: {claim['says']}", claim["source"]]
     if gone := missing(data, known, names):
-        total = sum(len(known[name].runs()) for name in names)
+        total = sum(len(known[x].runs()) for x in names)
         words = f"{sum(gone.values())} of {total} runs are missing"
-        listed = ", ".join(f"`{name}` ({n})" for name, n in gone.items())
-        page = f"{title}\n\n**{words}**: {listed}.\n\n{commands}\n"
-        return page, [*about, "no verdict yet", "", words]
+        listed = ", ".join(f"`{x}` ({n})" for x, n in gone.items())
+        page = "\n\n".join([*parts, f"**{words}**: {listed}.", commands])
+        return page, [*row, "no verdict yet", "", words]
 
-    rules = claim["compare"] + [x for x in claim.get("also", []) if not x.startswith("order")]
+    also = [rule for rule in claim.get("also", []) if not rule.startswith(ORDER)]
+    rules = claim["compare"] + also
     comparisons = [c for rule in rules for c in compare(data, known, claim, rule)]
     verdict, decisive = verdict_of(claim, comparisons)
-    file = f"figures/{claim['id']}.svg"
     if figures:
-        draw_claim(data, known, claim, names, figures / f"{claim['id']}.svg")
+        draw_claim(data, known, claim, names, figures / f"{name}.svg")
     rows = []
     for c in comparisons:
-        also = "" if c.rule in claim["compare"] else "also: "
-        interval_ = f"{number(c.left - c.right)} ({number(c.low)} to {number(c.high)})"
-        sides = number(c.left), number(c.right), interval_
-        rows.append([f"{also}`{c.rule}`", c.env, *sides, c.verdict])
+        difference = f"{number(c.left - c.right)} ({number(c.low)} to {number(c.high)})"
+        sides = number(c.left), number(c.right), difference, c.verdict
+        rows.append(["also: " * (c.rule in also) + f"`{c.rule}`", c.env, *sides])
     head = "comparison", "environment", "left", "right", "difference (95 %)", "verdict"
-    parts = [title, f"Verdict: **{verdict}**. Metric: {claim['metric']}."]
-    parts[1] += f" Right-hand side: {claim['against']}." if "against" in claim else ""
-    parts += [
-        f"![{claim['id']}]({file})",
-        table(head, rows),
-        seeds_table(data, known, claim, names),
-    ]
-    parts += onsets(data, known, claim)
-    return "\n\n".join([*parts, commands]) + "\n", [
-        *about,
-        verdict,
-        f"[figure](study/{file})",
-        why(known, decisive),
-    ]
+    metric = f"Verdict: **{verdict}**. Metric: {claim['metric']}"
+    metric += f", on the right {claim['against']}." if "against" in claim else "."
+    parts += [metric, f"![{name}](figures/{name}.svg)", table(head, rows)]
+    parts += [seeds_table(data, known, claim, names), *onsets(data, known, claim), commands]
+    row += [verdict, f"[figure](study/figures/{name}.svg)", why(known, decisive)]
+    return "\n\n".join(parts), row
 
 
 def seeds_table(data, known, claim, names):
@@ -460,7 +438,7 @@ def seeds_table(data, known, claim, names):
     rows = []
     for name in names:
         for env in known[name].envs:
-            diverged = sum(rows[-1]["diverged"] == "1" for rows in data[name, env].values())
+            diverged = sum(run[-1]["diverged"] == "1" for run in data[name, env].values())
             for metric in filter(None, (claim["metric"], claim.get("against"))):
                 x = values(data, name, env, metric)
                 what = f"`{name}`" + f", {metric}" * ("against" in claim)
@@ -468,36 +446,34 @@ def seeds_table(data, known, claim, names):
     return table(["cell", "environment", "IQM (95 %)", "each seed", "diverged"], rows)
 
 
+def order_of(claim):
+    """Return the scalars whose order of onset a claim asks for, or none."""
+    rules = [rule for rule in claim.get("also", []) if rule.startswith(ORDER)]
+    return rules[0].removeprefix(ORDER).split(", ") if rules else []
+
+
 def onsets(data, known, claim):
-    """Return the lines that say when each scalar of a claim's order of onset began, if it asks."""
-    lines = []
-    for rule in claim.get("also", []):
-        if rule.startswith("order of onset: "):
-            cell = known[claim["compare"][0].split()[0]]
-            lines += [f"Onset in `{cell.name}`: the first step past half of the final change."]
-            rows = []
-            for env, scalar in itertools.product(cell.envs, rule.split(": ")[1].split(", ")):
-                steps = [onset(rows, scalar) for _, rows in sorted(data[cell.name, env].items())]
-                rows.append([env, scalar, ", ".join(map(str, steps))])
-            lines.append(table(["environment", "scalar", "step, each seed"], rows))
-    return lines
+    """Return what says when each scalar of a claim's order of onset began, if it asks for it."""
+    cell, rows = known[claim["compare"][0].split()[0]], []
+    for env, scalar in itertools.product(cell.envs, order_of(claim)):
+        steps = [onset(run, scalar) for _, run in sorted(data[cell.name, env].items())]
+        rows.append([env, scalar, ", ".join(map(str, steps))])
+    words = f"Onset in `{cell.name}`: the first evaluation past half of the final change."
+    head = "environment", "scalar", "step, each seed"
+    return [words, table(head, rows)] if rows else []
 
 
 def draw_claim(data, known, claim, names, file):
-    """Draw what a claim is about: curves, the modes of one policy, or its order of onset."""
-    scalar = claim["metric"].split()[0]
-    panels = {(known[name].script, env, scalar): 0 for name in names for env in known[name].envs}
-    order = [rule for rule in claim.get("also", []) if rule.startswith("order of onset: ")]
-    if order:
-        return mechanism(
-            data, known, next(iter(panels))[1], order[0].split(": ")[1].split(", "), file
-        )
-    if "against" in claim:
-        sides = {
-            words: m for words, m in MODES.items() if m[0] in (claim["metric"], claim["against"])
-        }
+    """Draw what a claim is about: curves, the modes of one policy, or an order of onset."""
+    metric, against = claim["metric"], claim.get("against")
+    if order := order_of(claim):
+        return mechanism(data, known, names, known[names[0]].envs[0], order, file)
+    if against:
+        sides = {words: mode for words, mode in MODES.items() if mode[0] in (metric, against)}
         rows = {name: modes(data, known, name, sides) for name in names}
         return dots(rows, "return (sum of rewards)", file)
+    scalar, scripts = metric.split()[0], {name: known[name].script for name in names}
+    panels = {(scripts[name], env, scalar): 0 for name in names for env in known[name].envs}
     sides = [rule.split()[2] for rule in claim["compare"]]
     levels = [float(side) for side in sides if side not in known]
     draw(data, known, list(panels), dict(zip(names, names, strict=True)), file, levels)
