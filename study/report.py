@@ -98,7 +98,8 @@ ORDER = "order of onset: "
 HEAD = """# The claims
 
 Written by `python -m study.report` from the results. The rules of the verdicts stand in
-[claims.toml](claims.toml); intervals are 95 % bootstrap intervals over seeds.
+[claims.toml](claims.toml); intervals are 95 % bootstrap intervals over seeds. Of three seeds the
+interquartile mean (IQM) is the mean, of five that of the middle three.
 """
 
 
