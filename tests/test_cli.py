@@ -87,6 +87,9 @@ def with_scripts(scripts, mistakes):
                 {"norm": "batchnorm", "bn_target": "train", "target_network": False},
                 ["--bn-target", "--no-target-network"],
             ),
+            ({"tau": 0.5, "target_network": False}, ["--tau", "--no-target-network"]),
+            ({"buffer_size": 10**12}, ["--buffer-size", "too large"]),
+            ({"run_dir": f"{__file__}/run"}, ["--run-dir", "cannot be made"]),
             ({"norm": "batchnorm", "batch_size": 1}, ["--batch-size"]),
             ({"env": "CartPole-v1"}, ["--env CartPole-v1", "continuous"]),
         ],
@@ -100,6 +103,7 @@ def with_scripts(scripts, mistakes):
             ({"norm": "batchnorm", "network": "linear"}, ["--norm-position input"]),
             ({"norm": "batchrenorm", "network": "cnn"}, ["--norm batchrenorm", "--network cnn"]),
             ({"network": "cnn"}, ["--network cnn", "observes"]),
+            ({"network": "linear", "hidden_sizes": (5,)}, ["--hidden-sizes", "--network linear"]),
             (
                 {"norm": "batchnorm", "norm_net": "critic", "bn_recalibrate": 9},
                 ["--bn-recalibrate", "--norm-net critic"],
@@ -111,6 +115,16 @@ def with_scripts(scripts, mistakes):
         [
             ({"minibatches": 7}, ["--minibatches 7", "2048"]),
             ({"minibatches": 2048}, ["--minibatches", "one sample"]),
+        ],
+    )
+    + with_scripts(
+        ["sac_bn"],
+        [
+            ({"log_std_min": 3.0}, ["--log-std-min", "--log-std-max"]),
+            (
+                {"norm": "batchnorm", "norm_net": "actor", "bn_target": "train"},
+                ["--bn-target", "--norm-net actor"],
+            ),
         ],
     ),
     ids=str,
@@ -149,7 +163,8 @@ def test_values_out_of_range(script, tmp_path, monkeypatch, capsys):
             (line,) = capsys.readouterr().err.strip().splitlines()
             assert end.value.code == 2 and line.split()[1] == f"--{name.replace('_', '-')}", line
             tried.add(name)
-    numbers = {k for k, v in vars(module.Args()).items() if type(v) in (int, float, tuple)}
+    kinds = int, float, tuple, type(None)
+    numbers = {k for k, v in vars(module.Args()).items() if type(v) in kinds}
     assert tried == numbers - {"norm_position", "action_layer"}, numbers ^ tried
     with pytest.raises(SystemExit):
         module.train(module.Args(hidden_sizes=()))
