@@ -35,7 +35,6 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -133,8 +132,8 @@ def parse(**default):
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        words = re.sub("[─│╭╮╰╯]", " ", box.getvalue())
-        fail(words.partition("For full helptext")[0] + "(--help lists all options)")
+        rows = (row[1:-1].strip() for row in box.getvalue().splitlines()[1:])  # without the frame
+        fail(" ".join(row for row in rows if row.strip("─-")))
 
 
 # NORM begin: flag: what was asked for beyond --norm

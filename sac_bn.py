@@ -42,7 +42,6 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -151,8 +150,8 @@ def parse(**default):
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        words = re.sub("[─│╭╮╰╯]", " ", box.getvalue())
-        fail(words.partition("For full helptext")[0] + "(--help lists all options)")
+        rows = (row[1:-1].strip() for row in box.getvalue().splitlines()[1:])  # without the frame
+        fail(" ".join(row for row in rows if row.strip("─-")))
 
 
 # NORM begin: flag: what was asked for beyond --norm
@@ -169,8 +168,9 @@ def check(args):
     """End with one line if an option is out of range or options make no sense together."""
     for low, high, names in LIMITS:
         for name in names.split():
-            values = np.atleast_1d(getattr(args, name))
-            if not all(value is None or low <= value <= high for value in values):
+            if getattr(args, name) is None is getattr(Args, name):
+                continue  # --target-entropy has a default of its own
+            if not all(low <= value <= high for value in np.atleast_1d(getattr(args, name))):
                 fail(f"--{name.replace('_', '-')} is out of range: choose from {low} to {high}")
     if not args.hidden_sizes:
         fail("--hidden-sizes needs at least one width")
