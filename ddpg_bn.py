@@ -33,6 +33,7 @@ Implementation details, sections and equations of the paper (arXiv 1509.02971) u
 import contextlib
 import copy
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -109,19 +110,34 @@ class Args:
 
 LIMITS = (  # lowest and highest value of options
     (0, 2**32 - 1, "seed"),
-    (0, math.inf, "eval_every learning_starts"),
-    (1, math.inf, "total_steps eval_episodes save_every batch_size buffer_size hidden_sizes"),
+    (0, 10**12, "eval_every learning_starts"),
+    (1, 10**12, "total_steps save_every buffer_size"),
+    (1, 10**6, "batch_size"),
+    (1, 10**4, "eval_episodes hidden_sizes"),
     (0, 1, "actor_lr critic_lr gamma tau"),
     (0, 1e6, "noise max_grad_norm"),
     (0, 1, "bn_momentum"),  # NORM flag: a weight
-    (0, math.inf, "bn_warmup"),  # NORM flag: a count
+    (0, 10**12, "bn_warmup"),  # NORM flag: a count
 )
 
 
 def fail(message):
     """End with exit code 2 and one line that says what to do."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def parse(**default):
+    """Return the options of the command line; of tyro's box about a mistake print one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, **default)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        rows = (row[1:-1].strip() for row in box.getvalue().splitlines()[1:])  # without the frame
+        fail(" ".join(row for row in rows if row.strip("─-")))
 
 
 # NORM begin: flag: what was asked for beyond --norm
@@ -144,6 +160,8 @@ def check(args):
         fail("--hidden-sizes needs at least one width")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda finds no GPU: use --device cpu")
+    if not args.target_network and args.tau != Args.tau:
+        fail("--tau needs target networks: drop --no-target-network")
     if args.action_layer >= len(args.hidden_sizes):
         fail("--action-layer 1 needs two --hidden-sizes or more")
     # NORM begin: flag: a switch that could change nothing is a mistake
@@ -256,7 +274,7 @@ class Actor(nn.Module):
         self.net = nn.Sequential(*layers, outputs)
         if args.norm_net != "critic":  # NORM layer: --norm-net says who is normalized
             self.net = add_norm(self.net, args)  # NORM layer: the actor, on s
-        low, high = torch.tensor(action_space.low), torch.tensor(action_space.high)
+        low, high = torch.tensor(np.float32([action_space.low, action_space.high]))
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
 
@@ -287,13 +305,12 @@ def make_agent(env, args, device):
     obs_dim, action_space = env.observation_space.shape[0], env.action_space
     actor = Actor(obs_dim, action_space, args).to(device)
     critic = Critic(obs_dim, action_space, args).to(device)
-    agent = SimpleNamespace(actor=actor, critic=critic, device=device)
+    agent = SimpleNamespace(actor=actor, critic=critic, device=device, env=args.env)
     agent.actor_target = copy.deepcopy(actor) if args.target_network else actor
     agent.critic_target = copy.deepcopy(critic) if args.target_network else critic
     agent.actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
     agent.critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
     agent.obs_stat = RunningStat(obs_dim)  # NORM obs: every run counts the states it meets
-    agent.env = args.env  # NORM save: statistics say which environment they are of
     agent.obs_filter = make_filter(agent.obs_stat, args)  # NORM obs: for most --norm the identity
     return agent
 
@@ -313,6 +330,8 @@ def make_filter(obs_stat, args):
             env = obs_filter.load(args.norm_stats).get("env", args.env)
             if env != args.env:
                 raise ValueError(f"they are of {env}")
+            if obs_filter.stat.count < 2:
+                raise ValueError("they are of no observations yet")
         except Exception as error:
             fail(f"--norm-stats {args.norm_stats}: no statistics for --env {args.env} ({error})")
     return obs_filter
@@ -579,24 +598,31 @@ def write(path, save):
         sys.exit(f"{path} is not written, what stood there stands: {error}")
 
 
-def save_run(run_dir, agent, buffer, generators, progress):
+def save_run(run_dir, agent, buffer, generators, progress, writer):
     """Write all that a run needs to go on as if it had never stopped."""
+
+    def save(file):
+        writer.flush()  # a resumed run writes only what follows
+        torch.save(state, file)
+
     state = {part: getattr(agent, part).state_dict() for part in PARTS}
     state |= {"buffer": buffer.state_dict(), "progress": progress, "torch": torch.get_rng_state()}
-    state["cuda"] = torch.cuda.get_rng_state_all()
+    state |= {"env": agent.env, "cuda": torch.cuda.get_rng_state_all()}
     state["generators"] = [generator.bit_generator.state for generator in generators]
     # NORM begin: save: a policy is worth nothing without the statistics that it learnt with
     for name, stat in (("obs_stat", agent.obs_stat), ("obs_filter", agent.obs_filter.stat)):
         state[name] = {key: torch.from_numpy(value) for key, value in stat.state_dict().items()}
     write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
     # NORM end
-    write(run_dir / "checkpoint.pt", lambda file: torch.save(state, file))
+    write(run_dir / "checkpoint.pt", save)
 
 
 def load_run(run_dir, agent, buffer, generators):
     """Restore what `save_run` wrote and return its progress; nothing in the file is executed."""
     try:
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if state.get("env", agent.env) != agent.env:
+            raise ValueError(f"it is of {state['env']}")
         for part in PARTS:
             getattr(agent, part).load_state_dict(state[part])
         buffer.load_state_dict(state["buffer"])
@@ -606,9 +632,11 @@ def load_run(run_dir, agent, buffer, generators):
             generator.bit_generator.state = saved
         agent.obs_stat.load_state_dict(state["obs_stat"])  # NORM save: statistics come back
         agent.obs_filter.stat.load_state_dict(state["obs_filter"])  # NORM save: with the weights
+        step, updates, evaluations = state["progress"]
     except Exception as error:
-        fail(f"--resume {run_dir}: no checkpoint.pt that fits ({type(error).__name__})")
-    return state["progress"]
+        about = f"{type(error).__name__}: {error}"[:200]
+        fail(f"--resume {run_dir}: no checkpoint.pt that fits ({about})")
+    return step, updates, evaluations
 
 
 def saved_args(run_dir):
@@ -616,8 +644,10 @@ def saved_args(run_dir):
     try:
         saved = json.loads((Path(run_dir) / "args.json").read_text())["args"]
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        return Args(**saved | {"resume": str(run_dir)})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        args = Args(**saved | {"resume": str(run_dir)})
+        check(replace(args, device="cpu"))
+        return args
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         fail(f"--resume {run_dir}: no run of {Path(__file__).name} ({error})")
 
 
@@ -631,11 +661,14 @@ def make_run_dir(args):
     # NORM end
     run_dir = Path(args.run_dir or Path("runs") / args.env / Path(__file__).stem / name)
     for k in itertools.count(2):
-        with contextlib.suppress(FileExistsError):
+        try:
             run_dir.mkdir(parents=True)
             return run_dir
-        if args.run_dir:
-            fail(f"--run-dir {args.run_dir} exists: choose another one, or --resume it")
+        except FileExistsError:
+            if args.run_dir:
+                fail(f"--run-dir {args.run_dir} exists: choose another one, or --resume it")
+        except OSError as error:
+            fail(f"--run-dir {run_dir} cannot be made ({error.strerror}): choose another one")
         run_dir = run_dir.with_name(f"{name}-{k}")
 
 
@@ -665,30 +698,66 @@ def describe_run(run_dir, args):
 # ------------------------------------------------------------------------------------------ Train
 
 
+class Checked(gym.Wrapper):
+    """Keeps actions to their bounds, and plays a death that pays NaN where float32 cannot go on:
+
+    after an observation of 1e18 or more, whose square it cannot hold, a reward of 1e38, or NaN.
+    """
+
+    def reset(self, **options):
+        obs, info = self.env.reset(**options)
+        self.is_sound = (np.abs(obs) < 1e18).all()  # NaN is not less
+        return obs if self.is_sound else np.zeros_like(obs), info
+
+    def step(self, action):
+        space = self.action_space
+        if isinstance(space, gym.spaces.Box):
+            action = np.clip(action, space.low, space.high)  # rounding may have crossed them
+        if self.is_sound and np.isfinite(action).all():
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            if (np.abs(obs) < 1e18).all() and abs(reward) < 1e38:
+                return obs, reward, terminated, truncated, info
+        nothing = np.zeros(self.observation_space.shape, self.observation_space.dtype)
+        return nothing, math.nan, True, False, {}
+
+
+def is_scalable(space):
+    """Whether the actions in this space are vectors that can be scaled from [-1, 1]."""
+    if not isinstance(space, gym.spaces.Box) or space.dtype.kind != "f" or len(space.shape) != 1:
+        return False
+    width = np.float64(space.high) - np.float64(space.low)
+    return bool(((width > 0) & (width < 1e38)).all())
+
+
 def make_env(args):
     """Return the environment; end with one line if it is unknown or does not suit the algorithm."""
     try:
-        env = gym.make(args.env)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env {args.env}: {error}")
+        env = Checked(gym.make(args.env))
+    except Exception as error:
+        fail(f"--env {args.env} cannot be made: {error}")
     obs_space, action_space = env.observation_space, env.action_space
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         fail(f"--env {args.env} observes {obs_space}: choose one that observes a vector")
-    if not isinstance(action_space, gym.spaces.Box) or not action_space.is_bounded():
+    if not is_scalable(action_space):
         fail(f"--env {args.env} acts in {action_space}: choose one with bounded continuous actions")
     env = gym.wrappers.TransformObservation(env, np.float32, obs_space)  # as the replay keeps them
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 def report_evaluation(agent, env, args, step, writer, bar):
-    """Evaluate, log and show it; return (step, mean return, std over episodes)."""
+    """Evaluate, log and show it; return (step, mean return, std over episodes).
+
+    writer: None if the events have this evaluation already.
+    """
     episodes = evaluate(agent, env, args.eval_episodes)
     returns = [float(reward.sum()) for _, _, reward, _ in episodes]
     mean, std = float(np.mean(returns)), float(np.std(returns))
-    writer.add_scalar("eval/return", mean, step)
-    writer.add_scalar("eval/return_std", std, step)
-    for name, value in q_bias(agent, episodes, args.gamma).items():  # NORM report: is Q the return?
-        writer.add_scalar(f"norm/{name}", value, step)  # NORM report: bias of Q, mean and std
+    if writer:
+        writer.add_scalar("eval/return", mean, step)
+        writer.add_scalar("eval/return_std", std, step)
+        bias = q_bias(agent, episodes, args.gamma)  # NORM report: is Q the return?
+        for name, value in bias.items():  # NORM report: see q_bias
+            writer.add_scalar(f"norm/{name}", value, step)  # NORM report: mean and std
     bar.set_postfix_str(f"return {mean:.1f} ± {std:.1f}")
     if bar.disable and step < args.total_steps:  # no terminal to draw on
         print(f"step {step} of {args.total_steps}: return {mean:.1f} ± {std:.1f}", flush=True)
@@ -711,7 +780,11 @@ def train(args, stop=()):
     env.action_space.seed(args.seed)
     generators = rng, env.unwrapped.np_random, env.action_space.np_random
     agent = make_agent(env, args, device)
-    buffer = ReplayBuffer(args.buffer_size, *env.observation_space.shape, *env.action_space.shape)
+    try:
+        sizes = *env.observation_space.shape, *env.action_space.shape
+        buffer = ReplayBuffer(args.buffer_size, *sizes)
+    except MemoryError as error:
+        fail(f"--buffer-size {args.buffer_size} is too large: {error}")
     run_dir = open_run(args)
     step, updates, evaluations, diverged = 0, 0, [], False
     if args.resume:
@@ -720,6 +793,8 @@ def train(args, stop=()):
     describe_run(run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=step + 1 if args.resume else None)
     writer.add_custom_scalars(PANELS)  # NORM report: the normalization panel comes first
+    if not args.resume:  # from now on a kill loses nothing that --resume cannot bring back
+        save_run(run_dir, agent, buffer, generators, (step, updates, evaluations), writer)
     print(f"run: {run_dir}", flush=True)
 
     bar = tqdm(total=args.total_steps, initial=step, unit="step", smoothing=0.01, disable=None)
@@ -743,7 +818,8 @@ def train(args, stop=()):
         buffer.add(obs, action, reward, next_obs, terminated)
         obs = next_obs
         # learn
-        if step > args.learning_starts:
+        diverged = math.isnan(reward)
+        if step > args.learning_starts and not diverged:
             batch = buffer.sample(rng, args.batch_size)
             batch = filter_batch(agent.obs_filter, batch)  # NORM obs: the replay stays raw
             batch = Batch(*(torch.as_tensor(x, dtype=torch.float32, device=device) for x in batch))
@@ -761,22 +837,29 @@ def train(args, stop=()):
                 writer.add_scalar(f"norm/{name}", value, step)  # NORM report: see norm_scalars
         if args.eval_every and step % args.eval_every == 0 and step < args.total_steps:
             evaluations.append(report_evaluation(agent, eval_env, args, step, writer, bar))
+            diverged = not np.isfinite(evaluations[-1]).all()
+            if diverged:
+                break
         if terminated or truncated:
             writer.add_scalar("charts/episodic_return", info["episode"]["r"], step)
             writer.add_scalar("charts/episodic_length", info["episode"]["l"], step)
-            if step >= save_step or stop:
-                save_run(run_dir, agent, buffer, generators, (step, updates, evaluations))
+            if step < args.total_steps and (step >= save_step or stop):
+                save_run(run_dir, agent, buffer, generators, (step, updates, evaluations), writer)
                 save_step = step + args.save_every
             obs = None
             if stop:
                 break
+    if step >= args.total_steps and not diverged:
+        new = writer if step > start_step else None  # a finished run evaluated this step before
+        evaluations.append(report_evaluation(agent, eval_env, args, step, new, bar))
+        diverged = not np.isfinite(evaluations[-1]).all()
     if diverged:
-        print(f"diverged at step {step}: a loss is not finite", file=sys.stderr)
+        what = "a loss, a weight, an observation, a reward or a return is not finite"
+        print(f"diverged at step {step}: {what}", file=sys.stderr)
     elif step < args.total_steps:
         print(f"stopped at step {step}: --resume {run_dir} goes on")
     else:
-        evaluations.append(report_evaluation(agent, eval_env, args, step, writer, bar))
-        save_run(run_dir, agent, buffer, generators, (step, updates, evaluations))
+        save_run(run_dir, agent, buffer, generators, (step, updates, evaluations), writer)
         print("final evaluation at step {}: return {:.1f} ± {:.1f}".format(*evaluations[-1]))
     bar.close()
     writer.close()
@@ -789,9 +872,9 @@ def train(args, stop=()):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
+    args = parse()
     if args.resume:  # options not given again are those of the run
-        args = tyro.cli(Args, default=saved_args(args.resume))
+        args = parse(default=saved_args(args.resume))
     stop = []
 
     def save_and_stop(number, frame):

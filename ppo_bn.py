@@ -37,6 +37,7 @@ Implementation details, sections and equations of the paper (arXiv 1707.06347) u
 import contextlib
 import copy  # NORM report: diagnostics work on copies
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -118,20 +119,34 @@ class Args:
 
 LIMITS = (  # lowest and highest value of options
     (0, 2**32 - 1, "seed"),
-    (0, math.inf, "eval_every"),
-    (1, math.inf, "total_steps eval_episodes save_every num_envs num_steps epochs minibatches"),
-    (1, math.inf, "hidden_sizes"),
+    (0, 10**12, "eval_every"),
+    (1, 10**12, "total_steps save_every"),
+    (1, 10**6, "num_steps epochs minibatches"),
+    (1, 10**4, "eval_episodes num_envs hidden_sizes"),
     (0, 1, "learning_rate gamma gae_lambda"),
     (0, 1e6, "clip value_coef entropy_coef target_kl max_grad_norm"),
     (0, 1, "bn_momentum"),  # NORM flag: a weight
-    (0, math.inf, "bn_warmup bn_recalibrate"),  # NORM flag: counts
+    (0, 10**12, "bn_warmup bn_recalibrate"),  # NORM flag: counts
 )
 
 
 def fail(message):
     """End with exit code 2 and one line that says what to do."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def parse(**default):
+    """Return the options of the command line; of tyro's box about a mistake print one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, **default)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        rows = (row[1:-1].strip() for row in box.getvalue().splitlines()[1:])  # without the frame
+        fail(" ".join(row for row in rows if row.strip("─-")))
 
 
 # NORM begin: flag: what was asked for beyond --norm
@@ -154,6 +169,8 @@ def check(args):
         fail("--hidden-sizes needs at least one width")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda finds no GPU: use --device cpu")
+    if args.network == "linear" and args.hidden_sizes != Args.hidden_sizes:
+        fail("--hidden-sizes needs hidden layers: drop --network linear")
     if args.num_envs * args.num_steps % args.minibatches:
         steps = args.num_envs * args.num_steps
         fail(f"--minibatches {args.minibatches} must divide --num-envs x --num-steps, {steps}")
@@ -311,11 +328,10 @@ def make_agent(envs, args, device):
     obs_shape = envs.single_observation_space.shape
     actor = Actor(obs_shape, envs.single_action_space, args).to(device)
     critic = Critic(obs_shape, args).to(device)
-    agent = SimpleNamespace(actor=actor, critic=critic, device=device)
+    agent = SimpleNamespace(actor=actor, critic=critic, device=device, env=args.env)
     parameters = [*actor.parameters(), *critic.parameters()]
     agent.optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
     agent.obs_stat = RunningStat(obs_shape)  # NORM obs: every run counts the states it meets
-    agent.env = args.env  # NORM save: statistics say which environment they are of
     agent.obs_filter = make_filter(agent.obs_stat, args)  # NORM obs: for most --norm the identity
     agent.reward_scale = RewardScale(args)  # NORM reward: for --reward-norm
     return agent
@@ -336,6 +352,8 @@ def make_filter(obs_stat, args):
             env = obs_filter.load(args.norm_stats).get("env", args.env)
             if env != args.env:
                 raise ValueError(f"they are of {env}")
+            if obs_filter.stat.count < 2:
+                raise ValueError("they are of no observations yet")
         except Exception as error:
             fail(f"--norm-stats {args.norm_stats}: no statistics for --env {args.env} ({error})")
     return obs_filter
@@ -501,7 +519,7 @@ def evaluate(agent, envs, act=act):
     returns, playing = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
     while playing.any():
         obs, reward, terminated, truncated, _ = envs.step(act(agent, obs))
-        returns += playing * reward
+        returns[playing] += reward[playing]
         done = terminated | truncated
         playing &= ~done
         if done.any():
@@ -635,11 +653,16 @@ def write(path, save):
         sys.exit(f"{path} is not written, what stood there stands: {error}")
 
 
-def save_run(run_dir, agent, generators, progress):
+def save_run(run_dir, agent, generators, progress, writer):
     """Write all that a run needs to go on as if it had never stopped."""
+
+    def save(file):
+        writer.flush()  # a resumed run writes only what follows
+        torch.save(state, file)
+
     state = {part: getattr(agent, part).state_dict() for part in PARTS}
     state |= {"progress": progress, "torch": torch.get_rng_state()}
-    state["cuda"] = torch.cuda.get_rng_state_all()
+    state |= {"env": agent.env, "cuda": torch.cuda.get_rng_state_all()}
     state["generators"] = [generator.bit_generator.state for generator in generators]
     # NORM begin: save: a policy is worth nothing without the statistics that it learnt with
     stats = {"obs_stat": agent.obs_stat, "obs_filter": agent.obs_filter.stat}
@@ -647,13 +670,15 @@ def save_run(run_dir, agent, generators, progress):
         state[name] = {key: torch.from_numpy(value) for key, value in stat.state_dict().items()}
     write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
     # NORM end
-    write(run_dir / "checkpoint.pt", lambda file: torch.save(state, file))
+    write(run_dir / "checkpoint.pt", save)
 
 
 def load_run(run_dir, agent, generators):
     """Restore what `save_run` wrote and return its progress; nothing in the file is executed."""
     try:
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if state.get("env", agent.env) != agent.env:
+            raise ValueError(f"it is of {state['env']}")
         for part in PARTS:
             getattr(agent, part).load_state_dict(state[part])
         torch.set_rng_state(state["torch"])
@@ -663,9 +688,11 @@ def load_run(run_dir, agent, generators):
         agent.obs_stat.load_state_dict(state["obs_stat"])  # NORM save: statistics come back
         agent.obs_filter.stat.load_state_dict(state["obs_filter"])  # NORM save: with the weights
         agent.reward_scale.stat.load_state_dict(state["reward_stat"])  # NORM save: and rewards'
+        step, updates, evaluations = state["progress"]
     except Exception as error:
-        fail(f"--resume {run_dir}: no checkpoint.pt that fits ({type(error).__name__})")
-    return state["progress"]
+        about = f"{type(error).__name__}: {error}"[:200]
+        fail(f"--resume {run_dir}: no checkpoint.pt that fits ({about})")
+    return step, updates, evaluations
 
 
 def saved_args(run_dir):
@@ -673,8 +700,10 @@ def saved_args(run_dir):
     try:
         saved = json.loads((Path(run_dir) / "args.json").read_text())["args"]
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        return Args(**saved | {"resume": str(run_dir)})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        args = Args(**saved | {"resume": str(run_dir)})
+        check(replace(args, device="cpu"))
+        return args
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         fail(f"--resume {run_dir}: no run of {Path(__file__).name} ({error})")
 
 
@@ -688,11 +717,14 @@ def make_run_dir(args):
     # NORM end
     run_dir = Path(args.run_dir or Path("runs") / args.env / Path(__file__).stem / name)
     for k in itertools.count(2):
-        with contextlib.suppress(FileExistsError):
+        try:
             run_dir.mkdir(parents=True)
             return run_dir
-        if args.run_dir:
-            fail(f"--run-dir {args.run_dir} exists: choose another one, or --resume it")
+        except FileExistsError:
+            if args.run_dir:
+                fail(f"--run-dir {args.run_dir} exists: choose another one, or --resume it")
+        except OSError as error:
+            fail(f"--run-dir {run_dir} cannot be made ({error.strerror}): choose another one")
         run_dir = run_dir.with_name(f"{name}-{k}")
 
 
@@ -722,24 +754,55 @@ def describe_run(run_dir, args):
 # ------------------------------------------------------------------------------------------ Train
 
 
+class Checked(gym.Wrapper):
+    """Keeps actions to their bounds, and plays a death that pays NaN where float32 cannot go on:
+
+    after an observation of 1e18 or more, whose square it cannot hold, a reward of 1e38, or NaN.
+    """
+
+    def reset(self, **options):
+        obs, info = self.env.reset(**options)
+        self.is_sound = (np.abs(obs) < 1e18).all()  # NaN is not less
+        return obs if self.is_sound else np.zeros_like(obs), info
+
+    def step(self, action):
+        space = self.action_space
+        if isinstance(space, gym.spaces.Box):
+            action = np.clip(action, space.low, space.high)  # rounding may have crossed them
+        if self.is_sound and np.isfinite(action).all():
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            if (np.abs(obs) < 1e18).all() and abs(reward) < 1e38:
+                return obs, reward, terminated, truncated, info
+        nothing = np.zeros(self.observation_space.shape, self.observation_space.dtype)
+        return nothing, math.nan, True, False, {}
+
+
+def is_scalable(space):
+    """Whether the actions in this space are vectors that can be scaled from [-1, 1]."""
+    if not isinstance(space, gym.spaces.Box) or space.dtype.kind != "f" or len(space.shape) != 1:
+        return False
+    width = np.float64(space.high) - np.float64(space.low)
+    return bool(((width > 0) & (width < 1e38)).all())
+
+
 def make_env(args):
     """Return one environment; end with one line if it is unknown or does not suit the algorithm."""
     try:
-        env = gym.make(args.env)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env {args.env}: {error}")
+        env = Checked(gym.make(args.env))
+    except Exception as error:
+        fail(f"--env {args.env} cannot be made: {error}")
     obs_space, action_space = env.observation_space, env.action_space
-    axes = 3 if args.network == "cnn" else 1
-    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) < axes:
+    h, w, c = (*(obs_space.shape or ()), 1, 1, 1)[:3]
+    is_image = obs_space.shape == (h, w, c) and min(h, w) >= 3
+    if not isinstance(obs_space, gym.spaces.Box) or (args.network == "cnn" and not is_image):
         fail(f"--env {args.env} observes {obs_space}: --network {args.network} cannot use it")
-    if isinstance(action_space, gym.spaces.Box) and action_space.is_bounded():
+    if is_scalable(action_space):
         scale = (action_space.high - action_space.low) / 2
         bias = (action_space.high + action_space.low) / 2
         box = gym.spaces.Box(-1, 1, action_space.shape)
-        env = gym.wrappers.TransformAction(env, lambda a: a.clip(-1, 1) * scale + bias, box)  # (8)
-    elif not isinstance(action_space, gym.spaces.Discrete):
+        env = gym.wrappers.TransformAction(env, lambda action: action * scale + bias, box)  # (8)
+    elif not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
         fail(f"--env {args.env} acts in {action_space}: choose discrete or bounded actions")
-    h, w, c = (*obs_space.shape, 1, 1, 1)[:3]
     shape = (c, h, w) if args.network == "cnn" else (math.prod(obs_space.shape),)
 
     def as_float(obs):
@@ -757,11 +820,15 @@ def make_envs(args, n):
 
 
 def report_evaluation(agent, envs, args, step, writer, bar):
-    """Evaluate, log and show it; return (step, mean return, std over episodes)."""
+    """Evaluate, log and show it; return (step, mean return, std over episodes).
+
+    writer: None if the events have this evaluation already.
+    """
     returns = evaluate(agent, envs)
     mean, std = float(returns.mean()), float(returns.std())
-    writer.add_scalar("eval/return", mean, step)
-    writer.add_scalar("eval/return_std", std, step)
+    if writer:
+        writer.add_scalar("eval/return", mean, step)
+        writer.add_scalar("eval/return_std", std, step)
     bar.set_postfix_str(f"return {mean:.1f} ± {std:.1f}")
     if bar.disable and step < args.total_steps:  # no terminal to draw on
         print(f"step {step} of {args.total_steps}: return {mean:.1f} ± {std:.1f}", flush=True)
@@ -812,6 +879,8 @@ def train(args, stop=()):
     describe_run(run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=step + 1 if args.resume else None)
     writer.add_custom_scalars(PANELS)  # NORM report: the normalization panel comes first
+    if not args.resume:  # from now on a kill loses nothing that --resume cannot bring back
+        save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
     print(f"run: {run_dir}", flush=True)
 
     bar = tqdm(total=args.total_steps, initial=step, unit="step", smoothing=0.01, disable=None)
@@ -854,7 +923,8 @@ def train(args, stop=()):
         updates += taken
         learnt = *agent.actor.parameters(), *agent.critic.parameters()
         diverged = not all(
-            x.isfinite().all() for x in (*learnt, losses["policy"], losses["critic"])
+            x.isfinite().all()
+            for x in (*learnt, losses["policy"], losses["critic"], rollout.reward)
         )
         # report
         if diverged:
@@ -876,20 +946,28 @@ def train(args, stop=()):
         due = args.eval_every and step // args.eval_every > before // args.eval_every
         if due and step < args.total_steps:
             evaluations.append(report_evaluation(agent, eval_envs, args, step, writer, bar))
-        if step // args.save_every > before // args.save_every or stop:
-            save_run(run_dir, agent, generators, (step, updates, evaluations))
+            diverged = not np.isfinite(evaluations[-1]).all()
+            if diverged:
+                break
+        due = step // args.save_every > before // args.save_every or stop
+        if due and step < args.total_steps:
+            save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
             obs = None  # a resumed run cannot go on within an episode, so neither does this one
         if stop:
             break
+    if step >= args.total_steps and not diverged:
+        if args.norm.startswith("batch") and step > start_step:  # NORM report: after learning
+            report_modes(agent, args, batch.obs, step, writer)  # NORM report: three ways
+        new = writer if step > start_step else None  # a finished run evaluated this step before
+        evaluations.append(report_evaluation(agent, eval_envs, args, step, new, bar))
+        diverged = not np.isfinite(evaluations[-1]).all()
     if diverged:
-        print(f"diverged at step {step}: a loss is not finite", file=sys.stderr)
+        what = "a loss, a weight, an observation, a reward or a return is not finite"
+        print(f"diverged at step {step}: {what}", file=sys.stderr)
     elif step < args.total_steps:
         print(f"stopped at step {step}: --resume {run_dir} goes on")
     else:
-        if args.norm.startswith("batch") and step > start_step:  # NORM report: after learning
-            report_modes(agent, args, batch.obs, step, writer)  # NORM report: three ways
-        evaluations.append(report_evaluation(agent, eval_envs, args, step, writer, bar))
-        save_run(run_dir, agent, generators, (step, updates, evaluations))
+        save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
         print("final evaluation at step {}: return {:.1f} ± {:.1f}".format(*evaluations[-1]))
     bar.close()
     writer.close()
@@ -902,9 +980,9 @@ def train(args, stop=()):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
+    args = parse()
     if args.resume:  # options not given again are those of the run
-        args = tyro.cli(Args, default=saved_args(args.resume))
+        args = parse(default=saved_args(args.resume))
     stop = []
 
     def save_and_stop(number, frame):

@@ -92,6 +92,8 @@ gym.register("LastBreath-v0", LastBreath, max_episode_steps=5)
 gym.register("Ragged-v0", Ragged, max_episode_steps=8)
 gym.register("Picture-v0", Picture, max_episode_steps=10)
 gym.register("HugeReward-v0", HugeReward, max_episode_steps=8)
+PENDULUM = "gymnasium.envs.classic_control.pendulum:PendulumEnv"
+gym.register("ShortPendulum-v0", PENDULUM, max_episode_steps=40)
 
 
 @pytest.fixture(autouse=True)
@@ -147,16 +149,20 @@ def on_policy(request):
     return importlib.import_module(request.param)
 
 
-def scalars(run_dir, tag):
-    events = EventAccumulator(run_dir)
+def all_scalars(run_dir):
+    """Return {tag: [(step, value), ...]} as TensorBoard shows them."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
-    return [(e.step, e.value) for e in events.Scalars(tag)]
+    found = events.Tags()["scalars"]
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in found}
+
+
+def scalars(run_dir, tag):
+    return all_scalars(run_dir)[tag]
 
 
 def tags(run_dir):
-    events = EventAccumulator(run_dir)
-    events.Reload()
-    return set(events.Tags()["scalars"])
+    return set(all_scalars(run_dir))
 
 
 def checkpoint(run_dir):

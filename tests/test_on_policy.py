@@ -619,6 +619,7 @@ def test_where_layers_stand(on_policy, small):
     pre = ["Norm1d", "Linear", "Norm1d", act, "Linear", "Norm1d", act, "Linear"]
     assert layers(norm="batchnorm", norm_position=("input", "pre")) == pre
     options = {"norm": "batchnorm", "network": "linear", "norm_position": ("input",)}
+    options["hidden_sizes"] = on_policy.Args.hidden_sizes
     assert layers(**options) == ["Norm1d", "Linear"]
     options = {"norm": "batchnorm", "network": "cnn", "norm_position": ("input", "post")}
     cnn = ["Norm2d", "Conv2d", act, "Norm2d", "Flatten", "Linear", act, "Norm1d"]
@@ -667,6 +668,8 @@ def test_a_normalized_image_has_one_mean_for_a_channel(on_policy, small):
     ids=str,
 )
 def test_every_kind_of_run_learns_something(on_policy, small, options):
+    if options.get("network") == "linear":
+        options = options | {"hidden_sizes": on_policy.Args.hidden_sizes}
     args = small(on_policy, **options)
     result = on_policy.train(args)
     assert result["updates"] >= 8 and result["steps"] >= 400 and not result["diverged"]

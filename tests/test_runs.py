@@ -124,7 +124,7 @@ def test_fixed_filter_uses_the_file_and_never_learns(script, small, capsys):
         {},
         {"norm": "batchnorm"},
         {"norm": "batchnorm", "bn_policy_critic": "eval", "norm_position": ("input", "pre")},
-        {"norm": "batchnorm", "bn_target": "train", "norm_net": "actor"},
+        {"norm": "batchnorm", "bn_target": "train", "norm_net": "critic"},
         {"norm": "batchrenorm", "bn_joint": True, "bn_warmup": 50, "norm_position": ("post",)},
         {"norm": "batchrenorm", "bn_joint": True, "target_network": False, "norm_net": "critic"},
         {"norm": "layernorm", "norm_position": ("input", "pre", "post")},

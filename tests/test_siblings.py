@@ -11,8 +11,8 @@ import sac_bn
 
 SCRIPTS = reinforce_bn, ppo_bn, ddpg_bn, sac_bn
 ALL = """
-    fail changed_norm_options BatchRenorm hidden_layers make_filter gradient_step probe write
-    saved_args make_run_dir open_run describe_run
+    fail parse changed_norm_options BatchRenorm hidden_layers make_filter gradient_step probe write
+    saved_args make_run_dir open_run describe_run Checked is_scalable
 """.split()  # noqa: SIM905
 OFF_POLICY = """
     norm_layer add_norm filter_batch Batch ReplayBuffer q_values update_target evaluate norm_scalars
