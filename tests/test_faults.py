@@ -158,6 +158,33 @@ def test_killed_many_times_equals_never_killed(script, norm, tmp_path):
     compare_with_never_killed(script, norm, KILLS, tmp_path)
 
 
+class Killed(BaseException):
+    """Ends a run at once, in this process, as nothing in a script expects it."""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_goes_on_from_each_of_its_checkpoints(script, tmp_path, monkeypatch):
+    module, chosen = importlib.import_module(script), options(script, "zfilter")
+    monkeypatch.setattr(module, "LOG_EVERY", 50, raising=False)
+    module.train(module.Args(**chosen, run_dir=str(tmp_path / "whole")))
+    whole, save_run = learnt(tmp_path / "whole"), module.save_run
+    for number in (1, 2, 5, 8):
+        run_dir, saved = tmp_path / f"killed{number}", []
+
+        def save_and_die(*inputs, number=number, saved=saved):
+            save_run(*inputs)
+            saved.append(inputs)
+            if len(saved) == number:
+                raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(module, "save_run", save_and_die)
+            module.train(module.Args(**chosen, run_dir=str(run_dir)))
+        time.sleep(1.05)  # names of events hold seconds
+        module.train(module.saved_args(run_dir))
+        assert same(whole, learnt(run_dir)), number
+
+
 # ---------------------------------------------------------------------------- A disk that fills up
 
 

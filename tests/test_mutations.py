@@ -190,8 +190,8 @@ MUTATIONS = [
     (
         "ppo_bn",
         "return Batch(*(x.flatten(0, 1) for x in parts))",
-        "return Batch(*(x.transpose(0, -1).flatten(0, 1) for x in parts))",
-        "test_on_policy.py::test_ppo_batch_by_hand",
+        "return Batch(rollout.obs.flatten(0, 1), *(x.mT.flatten(0, 1) for x in parts[1:]))",
+        "test_on_policy.py::test_rows_of_a_ppo_batch_belong_together",
     ),
     (
         "ppo_bn",
@@ -209,7 +209,7 @@ MUTATIONS = [
         "ppo_bn",
         "obs = None  # a resumed run cannot go on within an episode, so neither does",
         "pass",
-        "test_faults.py::test_killed_anywhere_and_resumed_equals_never_killed",
+        "test_faults.py::test_a_run_goes_on_from_each_of_its_checkpoints",
     ),
     # reinforce_bn.py
     (
@@ -252,7 +252,7 @@ MUTATIONS = [
         "reinforce_bn",
         "writer.flush()  # a resumed run writes only what follows",
         "pass",
-        "test_faults.py::test_killed_anywhere_and_resumed_equals_never_killed",
+        "test_faults.py::test_a_run_goes_on_from_each_of_its_checkpoints",
     ),
 ]
 SAMPLE = 3, 10, 17, 26  # of each kind of script one, which takes seconds

@@ -210,6 +210,17 @@ def test_ppo_batch_by_hand():
     assert batch.returns.tolist() == [first + 10, last + 20]
 
 
+def test_rows_of_a_ppo_batch_belong_together():
+    """Three steps of two environments, where each number says whose it is: 10 t + n."""
+    n = 10.0 * torch.arange(3).unsqueeze(1) + torch.arange(2)
+    zero, one = torch.zeros(3, 2), torch.ones(3, 2)
+    rollout = ppo_bn.Rollout(n.unsqueeze(2).expand(3, 2, 4), n, n, zero, n, one)
+    batch = ppo_bn.make_batch(rollout, torch.zeros(2), ppo_bn.Args())
+    expected = torch.tensor([0.0, 1, 10, 11, 20, 21])
+    assert all(torch.equal(x, expected) for x in batch[1:])
+    assert torch.equal(batch.obs, expected.unsqueeze(1).expand(6, 4))
+
+
 @pytest.mark.parametrize("options", [{}, {"entropy_coef": 0.3}, {"value_coef": 0.1}], ids=str)
 def test_what_ppo_descends(small, monkeypatch, options):
     """The gradient step gets policy loss + value_coef critic loss - entropy_coef entropy."""
