@@ -185,6 +185,29 @@ def test_a_run_goes_on_from_each_of_its_checkpoints(script, tmp_path, monkeypatc
         assert same(whole, learnt(run_dir)), number
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_events_reach_the_disk_before_the_checkpoint(script, small, monkeypatch):
+    """Those in the queue of the writer would be lost in a kill, and never written again."""
+    module = importlib.import_module(script)
+    args = small(module, save_every=100)
+    flushed, save_run = [], module.save_run
+
+    class Spy(module.SummaryWriter):
+        def flush(self):
+            flushed.append(Path(args.run_dir, "checkpoint.pt.tmp").exists())
+            super().flush()
+
+    def save(*inputs):
+        before = len(flushed)
+        save_run(*inputs)
+        assert flushed[before:] == [True]
+
+    monkeypatch.setattr(module, "SummaryWriter", Spy)
+    monkeypatch.setattr(module, "save_run", save)
+    module.train(args)
+    assert len(flushed) >= 3
+
+
 # ---------------------------------------------------------------------------- A disk that fills up
 
 

@@ -252,7 +252,7 @@ MUTATIONS = [
         "reinforce_bn",
         "writer.flush()  # a resumed run writes only what follows",
         "pass",
-        "test_faults.py::test_a_run_goes_on_from_each_of_its_checkpoints",
+        "test_faults.py::test_events_reach_the_disk_before_the_checkpoint",
     ),
 ]
 SAMPLE = 3, 10, 17, 26  # of each kind of script one, which takes seconds
