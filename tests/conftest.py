@@ -1,6 +1,7 @@
 """What the tests share: small runs, and a toy environment whose every number is known."""
 
 import importlib
+import os
 from pathlib import Path
 
 import gymnasium as gym
@@ -163,6 +164,11 @@ def scalars(run_dir, tag):
 
 def tags(run_dir):
     return set(all_scalars(run_dir))
+
+
+def unmeasured(**more):
+    """Return an environment for a program that coverage would disturb, or be disturbed by."""
+    return {k: v for k, v in os.environ.items() if "COV" not in k} | {"OMP_NUM_THREADS": "1"} | more
 
 
 def checkpoint(run_dir):

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import all_scalars, checkpoint, same
+from conftest import all_scalars, checkpoint, same, unmeasured
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["reinforce_bn", "ppo_bn", "ddpg_bn", "sac_bn"]
@@ -223,7 +223,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(script, tmp_path):
         done = subprocess.run(
             ["bash", "-c", f"ulimit -f {limit}; {command}"],
             cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}/tests"},
+            env=unmeasured(PYTHONPATH=f"{ROOT}/tests"),
             capture_output=True,
             text=True,
         )

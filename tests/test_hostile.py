@@ -113,7 +113,7 @@ GOES_ON = {
 }
 
 
-@pytest.mark.parametrize("norm", ["none", "batchnorm", "zfilter"])
+@pytest.mark.parametrize("norm", ["batchnorm", "zfilter"])
 @pytest.mark.parametrize("about", GOES_ON.values(), ids=GOES_ON)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_is_odd_but_usable_goes_on(script, about, norm, hostile):
@@ -124,12 +124,11 @@ def test_what_is_odd_but_usable_goes_on(script, about, norm, hostile):
 
 
 @pytest.mark.parametrize("norm", ["batchnorm", "batchrenorm", "layernorm", "zfilter"])
-@pytest.mark.parametrize("scale", [1e9, 1e15])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_huge_observations_go_on_or_diverge(script, scale, norm, hostile):
+def test_huge_observations_go_on_or_diverge(script, norm, hostile):
     module = importlib.import_module(script)
     options = {"norm_position": ("input",)} if "norm" in norm else {}
-    result, args = hostile(module, {"scale": scale}, norm=norm, **options)
+    result, args = hostile(module, {"scale": 1e15}, norm=norm, **options)
     kept = json.loads(Path(args.run_dir, "result.json").read_text())
     assert kept["diverged"] == result["diverged"]
     if not result["diverged"]:

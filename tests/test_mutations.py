@@ -3,13 +3,13 @@
 A mutation is (script, how a line begins, the line as it might be, tests that must fail).
 """
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import unmeasured
 
 ROOT = Path(__file__).parent.parent
 
@@ -287,11 +287,10 @@ def test_a_changed_line_makes_a_test_fail(script, old, new, tests, tmp_path):
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
     (tmp_path / f"{script}.py").write_text(mutate(script, old, new))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
-    environment = {key: value for key, value in os.environ.items() if "COV" not in key}
     done = subprocess.run(
         [*command, f"tests/{tests}"],
         cwd=tmp_path,
-        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)},
+        env=unmeasured(PYTHONPATH=str(tmp_path)),
         capture_output=True,
         text=True,
     )
