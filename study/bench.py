@@ -10,7 +10,8 @@ keeps to as many cores as --threads says, which JAX would not do by itself.
 The floor is the time of the environment's steps and of the bare matrix products of the updates, of
 the same shapes, one after the other in the same process.
 
-With Stable-Baselines3 and SBX installed (pip install stable-baselines3 sbx-rl) they are timed too.
+Stable-Baselines3 (of study/requirements.txt) and SBX (pip install sbx-rl==0.28.0) are timed too, if
+they are installed.
 """
 
 import contextlib
