@@ -42,6 +42,7 @@ UNITS = {
     "norm/saturation": "actions at their bounds (share)",
     "norm/q_bias": "bias of Q (share of the return)",
     "norm/stat_lag": "lag of running statistics (std)",
+    "norm/first_ratio": "|ratio - 1| before the first step (maximum)",
 }
 MODES = {  # words: metric, marker
     "while training": ("charts/episodic_return last 1", "o"),
@@ -88,12 +89,58 @@ PUBLISHED = {  # cell, environment: what others report
         "5831 ± 775 (SAC with rate 1e-3 in the logs of CrossQ's authors, 10 seeds)"
     ),
 }
-FIRST = {
-    "ddpg-first-none": "none",
-    "ddpg-first-batchnorm": "batchnorm",
-    "ddpg-first-eval-policy-critic": f"batchnorm, {REPAIRED}",
+LAST = "eval/return last 1"
+HALF_CHEETAH, HOPPER, CARTPOLE = "HalfCheetah-v4", "Hopper-v4", "CartPole-v1"
+
+
+class Picture(NamedTuple):
+    """What stands in README.md between the markers of its name, once its cells are run."""
+
+    labels: dict[str, str]  # {cell: words}
+    env: str
+    scalars: tuple[str, ...]  # of its panels
+    has_table: bool  # of final returns
+
+
+PICTURES = {
+    "first": Picture(
+        {
+            "ddpg-first-none": "none",
+            "ddpg-first-batchnorm": "batchnorm",
+            "ddpg-first-eval-policy-critic": f"batchnorm, {REPAIRED}",
+        },
+        HALF_CHEETAH,
+        ("eval/return", "norm/actor_grad"),
+        True,
+    ),
+    "joint": Picture(
+        {
+            "ddpg-eval-policy-critic": f"batchnorm, {REPAIRED}",
+            "ddpg-crossnorm": f"batchnorm, {REPAIRED} --bn-joint --no-target-network",
+        },
+        HOPPER,
+        ("eval/return", "norm/q_bias"),
+        True,
+    ),
+    "crossq": Picture(
+        {"sac-plain": "SAC", "sac-plain-crossq": "CrossQ, critics 512 wide"},
+        HALF_CHEETAH,
+        ("eval/return", "norm/q_bias"),
+        True,
+    ),
+    "ratio": Picture(
+        {
+            "reinforce-none": "none",
+            "reinforce-layernorm": "layernorm",
+            "reinforce-eval-eval": "batchnorm: act eval, learn eval",
+            "reinforce-eval-train": "batchnorm: act eval, learn train",
+            "reinforce-train-train": "batchnorm: act train, learn train",
+        },
+        CARTPOLE,
+        ("charts/episodic_return", "norm/first_ratio"),
+        False,
+    ),
 }
-CROSSQ = {"sac-plain": "SAC", "sac-plain-crossq": "CrossQ, critics 512 wide"}
 ORDER = "order of onset: "
 HEAD = """# The claims
 
@@ -267,6 +314,8 @@ def curves(ax, data, labels, known, env, scalar):
     ax.set(xlabel="environment steps (thousands)", ylabel=UNITS.get(scalar, scalar))
     if scalar == "norm/actor_grad":
         ax.set_yscale("log")
+    if scalar == "norm/first_ratio":
+        ax.set_yscale("symlog", linthresh=0.1)
 
 
 def draw(data, known, panels, labels, file, levels=()):
@@ -340,11 +389,11 @@ def missing(data, known, names):
     }
 
 
-def final_table(data, known, labels):
-    """Return the table of final returns of cells, in the one environment that they have."""
+def final_table(data, known, picture):
+    """Return the table of final returns of a picture's cells."""
     rows = []
-    for cell, label in labels.items():
-        x = values(data, cell, known[cell].envs[0], "eval/return last 1")
+    for cell, label in picture.labels.items():
+        x = values(data, cell, picture.env, LAST)
         rows.append([label, len(x), with_interval(x), ", ".join(f"{v:.0f}" for v in x)])
     return table(["options", "seeds", "final return, IQM (95 % interval)", "each seed"], rows)
 
@@ -353,7 +402,7 @@ def plain_table(data, known):
     """Return the table of the algorithms without normalization layers, beside published results."""
     rows = []
     for (name, env), published in PUBLISHED.items():
-        cell, x = known[name], values(data, name, env, "eval/return last 1")
+        cell, x = known[name], values(data, name, env, LAST)
         options = re.sub(r" ?--eval-every \d+", "", cell.options)
         ours = ", ".join(f"{v:.0f}" for v in x) or "no run"
         ours += f"; {with_interval(x)}" if len(x) > 1 else ""
@@ -486,7 +535,7 @@ def modes(data, known, name, sides=MODES):
     for words, (metric, marker) in sides.items():
         x = values(data, name, env, metric)
         if words == "eval mode" and np.isnan(x).all():  # without batch norm there is one mode
-            x = values(data, name, env, "eval/return last 1")
+            x = values(data, name, env, LAST)
         if not np.isnan(x).any():
             row[words] = x, color(known[name]), marker
     return row
@@ -511,19 +560,19 @@ def not_made(names):
 
 def make(data, known, claims, figures):
     """Return {marker: text for README.md} and the text of CLAIMS.md; draw if figures is given."""
-    env = "HalfCheetah-v4"
     blocks = {"plain": plain_table(data, known)}
-    panels = {"first": (FIRST, "norm/actor_grad"), "crossq": (CROSSQ, "norm/q_bias")}
-    for name, (labels, scalar) in panels.items():
+    for name, picture in PICTURES.items():
+        labels, env, scalars, has_table = picture
         if missing(data, known, labels):
             blocks[name] = not_made(labels)
             continue
-        picture = f"![Return and {UNITS[scalar]}, {env}](study/figures/{name}.svg)"
-        blocks[name] = f"{picture}\n\n{final_table(data, known, labels)}"
+        words = " and ".join(UNITS[scalar].split(" (")[0] for scalar in scalars)
+        blocks[name] = f"![{words}, {env}](study/figures/{name}.svg)"
+        blocks[name] += f"\n\n{final_table(data, known, picture)}" * has_table
         if figures:
             script = known[next(iter(labels))].script
-            sides = (script, env, "eval/return"), (script, env, scalar)
-            draw(data, known, sides, labels, figures / f"{name}.svg")
+            panels = [(script, env, scalar) for scalar in scalars]
+            draw(data, known, panels, labels, figures / f"{name}.svg")
 
     done = {words: name for words, name in FORUM.items() if not missing(data, known, [name])}
     blocks["forum"] = not_made([f"F{k}" for k in range(1, 7)])
