@@ -26,7 +26,7 @@ Implementation details, sections and equations of the paper (arXiv 1812.05905) u
       carries both (Appendix C).
 
                  paper, Appendix D                  here
-  learning rate  3e-4 all                           1e-3 all (the published curves of CrossQ's SAC)
+  learning rate  3e-4 all                           1e-3 all (the SAC beside CrossQ)
   hidden layers  256, 256                           the same
   batch, tau     256, 0.005                         the same
   gamma, replay  0.99, one million                  the same
@@ -480,8 +480,8 @@ def actor_loss(agent, batch, args):
     """Return the mean of alpha log pi(a|s) - min Q(s, a), a ~ pi (6), and log pi(a|s), (n,)."""
     agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
     # NORM begin: mode: on this line hangs most of "batch norm fails in off-policy RL"
-    # In train mode each feature's mean over the batch is beta, whatever pi does, and so is each
-    # critic's mean Q, w beta + b. Only the choice of the smaller critic leaves a gradient.
+    # In train mode each feature's mean over the batch is beta, whatever pi does, and each critic's
+    # mean Q is w beta + b. Of Q only the choice of the smaller critic leaves a gradient.
     agent.critic.train(args.bn_policy_critic == "train")
     # NORM end
     action, log_prob = agent.actor.sample(batch.obs)

@@ -81,12 +81,15 @@ PUBLISHED = {  # cell, environment: what others report
         "2383 ± 272 (CleanRL, 3 seeds, training return); 2609 ± 701 (Tianshou, v3, 10 seeds, best"
         " evaluation)"
     ),
-    ("ddpg-pendulum", "Pendulum-v1"): "-152 ± 94 (Stable-Baselines3 Zoo, 20 thousand, one run)",
+    ("ddpg-pendulum", "Pendulum-v1"): (
+        "-152 ± 94 over the episodes of one run (Stable-Baselines3 Zoo, 20 thousand)"
+    ),
     ("ddpg-plain", "HalfCheetah-v4"): (
         "10374 ± 157 (CleanRL, one million, 3 seeds, training return)"
     ),
     ("sac-plain", "HalfCheetah-v4"): (
-        "5831 ± 775 (SAC with rate 1e-3 in the logs of CrossQ's authors, 10 seeds)"
+        "5831 ± 775 (SAC with rate 1e-3, 10 seeds; logs in SimbaV2's repository, by their form of"
+        " CrossQ's authors)"
     ),
 }
 LAST = "eval/return last 1"
@@ -116,6 +119,7 @@ PICTURES = {
     "joint": Picture(
         {
             "ddpg-eval-policy-critic": f"batchnorm, {REPAIRED}",
+            "ddpg-joint": f"batchnorm, {REPAIRED} --bn-joint",
             "ddpg-crossnorm": f"batchnorm, {REPAIRED} --bn-joint --no-target-network",
         },
         HOPPER,
@@ -123,7 +127,10 @@ PICTURES = {
         True,
     ),
     "crossq": Picture(
-        {"sac-plain": "SAC", "sac-plain-crossq": "CrossQ, critics 512 wide"},
+        {
+            "sac-plain": "SAC",
+            "sac-plain-crossq": "CrossQ (with critics 512 wide, β₁ 0.5, policy delay 3)",
+        },
         HALF_CHEETAH,
         ("eval/return", "norm/q_bias"),
         True,
@@ -170,9 +177,9 @@ def read(folder):
 
 
 def points(rows, scalar):
-    """Return the steps and values of a scalar, where it is known."""
+    """Return the steps and values of a scalar, where it is known and finite."""
     known = [(int(row["step"]), float(row[scalar])) for row in rows if row[scalar]]
-    return np.array(known).reshape(-1, 2).T
+    return np.array([x for x in known if np.isfinite(x[1])]).reshape(-1, 2).T
 
 
 def values(data, cell, env, metric):
@@ -249,7 +256,9 @@ def compare(data, known, claim, rule):
 def onset(rows, scalar):
     """Return the first step at which a scalar is past half of its final change."""
     steps, x = points(rows, scalar)
-    return int(steps[np.argmax((x - x[0]) / (x[-1] - x[0] or 1) >= 0.5)])
+    if not len(x):
+        return float("nan")
+    return steps[np.argmax((x - x[0]) / (x[-1] - x[0] or 1) >= 0.5)]
 
 
 def number(x):
@@ -440,9 +449,12 @@ def verdict_of(claim, comparisons):
     raise AssertionError(claim["id"])
 
 
-def why(known, c):
+def why(known, claim, c):
     """Say in one line what a comparison found."""
     left, relation, right, *_ = c.rule.split()
+    if "against" in claim:
+        left, right = (claim[side].split()[0] for side in ("metric", "against"))
+        known = {right}
     words = f"`{left}` {number(c.left)}, claimed {relation} "
     words += f"`{right}` {number(c.right)}" if right in known else right
     difference = f"difference {number(c.left - c.right)} ({number(c.low)} to {number(c.high)})"
@@ -479,7 +491,7 @@ def claim_page(data, known, claim, figures):
     metric += f", on the right {claim['against']}." if "against" in claim else "."
     parts += [metric, f"![{name}](figures/{name}.svg)", table(head, rows)]
     parts += [seeds_table(data, known, claim, names), *onsets(data, known, claim), commands]
-    row += [verdict, f"[figure](study/figures/{name}.svg)", why(known, decisive)]
+    row += [verdict, f"[figure](study/figures/{name}.svg)", why(known, claim, decisive)]
     return "\n\n".join(parts), row
 
 
@@ -507,7 +519,7 @@ def onsets(data, known, claim):
     cell, rows = known[claim["compare"][0].split()[0]], []
     for env, scalar in itertools.product(cell.envs, order_of(claim)):
         steps = [onset(run, scalar) for _, run in sorted(data[cell.name, env].items())]
-        rows.append([env, scalar, ", ".join(map(str, steps))])
+        rows.append([env, scalar, ", ".join(map(number, steps))])
     words = f"Onset in `{cell.name}`: the first evaluation past half of the final change."
     head = "environment", "scalar", "step, each seed"
     return [words, table(head, rows)] if rows else []

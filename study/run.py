@@ -12,6 +12,7 @@ or if the machines do not share the disk of the run folders). One that diverges 
 """
 
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -53,10 +54,31 @@ def fail(message):
 # --------------------------------------------------------------------------- What a machine does
 
 
+def version():
+    """Return the commit of the scripts, with + if they were changed since."""
+
+    def git(*words):
+        return subprocess.run(
+            ["git", *words], cwd=cells.ROOT, capture_output=True, text=True
+        ).stdout
+
+    return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(
+        git("status", "--porcelain", "--", "*_bn.py", "zfilter.py")
+    )
+
+
+def commits(folder):
+    """Return the file beside a run's folder that names the commit of each of its starts."""
+    return folder.with_name(f"{folder.name}.commits")
+
+
 def command(run, folder, runs):
-    """Return the command that begins a run, or continues it from its checkpoint."""
+    """Return the command that begins a run, or continues it; note the commit."""
     script = [sys.executable, f"{run.cell.script}.py"]
-    if (folder / "checkpoint.pt").exists():
+    resumes = (folder / "checkpoint.pt").exists()
+    with open(commits(folder), "a" if resumes else "w") as file:
+        file.write(f"{version()}\n")
+    if resumes:
         return [*script, "--resume", str(folder)]
     shutil.rmtree(folder, ignore_errors=True)
     return [*script, *run.words(runs), "--run-dir", str(folder), "--device", "cpu"]
@@ -83,19 +105,20 @@ def execute(words, log, report):
 
 def finish(run, folder, runs, log, report):
     """Bring a run to its end, however often it is killed; RuntimeError if it is a mistake."""
-    for _ in range(TRIES):
+    for tries in itertools.count():
         if (folder / "result.json").exists():
             return
+        if tries == TRIES:
+            raise RuntimeError(f"{run.path()} was killed {TRIES} times, see {log.name}")
         words = command(run, folder, runs)
         report(None if "--resume" in words else 0)
         code, text = execute(words, log, report)
         if code == 2 or (code == 1 and "stopped at step" not in text):
             line = text.split("\n")[-1]
             raise RuntimeError(f"{run.path()} ended with exit code {code}, see {log.name}: {line}")
-    raise RuntimeError(f"{run.path()} was killed {TRIES} times, see {log.name}")
 
 
-def work(run, commit, runs, board, paths, *contents):
+def work(run, runs, board, paths, *contents):
     """Make a run, or go on with it; return its rows, and its obs_stats.npz (None if it diverged).
 
     paths and contents: the obs_stats.npz of the runs that it needs; no rows if one of these
@@ -116,7 +139,8 @@ def work(run, commit, runs, board, paths, *contents):
         if about.exists() and not cells.fits(json.loads(about.read_text()), run, cells.PLACE):
             raise RuntimeError(f"{folder} holds a run with other options: remove it")
         finish(run, folder, runs, log, lambda step: board.show.remote(run, step))
-        table = collect.rows(run, folder, commit)
+        started = dict.fromkeys(commits(folder).read_text().split())
+        table = collect.rows(run, folder, " ".join(started))
     return table, None if table[-1]["diverged"] else (folder / cells.STATISTICS).read_bytes()
 
 
@@ -134,19 +158,6 @@ class Board:
 
 
 # ------------------------------------------------------------------------- What one driver does
-
-
-def version():
-    """Return the commit of the scripts, with + if they were changed since."""
-
-    def git(*words):
-        return subprocess.run(
-            ["git", *words], cwd=cells.ROOT, capture_output=True, text=True
-        ).stdout
-
-    return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(
-        git("status", "--porcelain", "--", "*_bn.py", "zfilter.py")
-    )
 
 
 def clock(seconds):
@@ -239,7 +250,7 @@ def main(args):
     )
     board = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
     task = ray.remote(num_cpus=1, num_returns=2, max_retries=TRIES)(work)
-    refs, commit = {}, version()
+    refs = {}
 
     def submit(run):
         """Start a run after those it needs; return references to its rows and statistics."""
@@ -247,7 +258,7 @@ def main(args):
             needs = [cells.Run(known[name], run.env, run.seed) for name in run.cell.needs()]
             paths = [args.runs / other.path() / cells.STATISTICS for other in needs]
             contents = [submit(other)[1] for other in needs]
-            refs[run] = task.remote(run, commit, args.runs, board, paths, *contents)
+            refs[run] = task.remote(run, args.runs, board, paths, *contents)
         return refs[run]
 
     for run in todo:

@@ -1,12 +1,14 @@
 """The claims under study say what they run, and what they run exists."""
 
+import csv
 import importlib
 import re
+import shlex
 
 import pytest
 import tyro
 
-from study.cells import load
+from study.cells import BY_HAND, RESULTS, load, plain
 
 CLAIMS, CELLS = load()
 
@@ -35,3 +37,18 @@ def test_the_options_of_a_cell_make_sense(cell):
     assert all(CELLS[need].envs == cell.envs for need in cell.needs())
     script = importlib.import_module(cell.script)
     script.check(tyro.cli(script.Args, args=cell.runs()[0].words()))
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
+def test_results_were_made_with_the_options_of_their_cell(cell):
+    script = importlib.import_module(cell.script)
+    for run in cell.runs():
+        file = RESULTS / f"{run.path()}.csv"
+        if file.exists():
+            with open(file) as lines:
+                row = next(csv.DictReader(lines))
+            assert (row["cell"], row["env"], int(row["seed"])) == (cell.name, run.env, run.seed)
+            words = shlex.split(row["options"]), shlex.split(cell.options)
+            made, asked = (plain(tyro.cli(script.Args, args=x)) for x in words)
+            made, asked = ({k: v for k, v in x.items() if k not in BY_HAND} for x in (made, asked))
+            assert made == asked | {"total_steps": cell.steps}

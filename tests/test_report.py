@@ -41,7 +41,7 @@ def test_what_is_out_of_date_is_told_and_mended_and_figures_are_the_same_to_the_
     report.main(report.Args(root=root))
     report.main(report.Args(check=True, root=root))
     assert not (root / "study" / "figures").exists()  # no claim has all of its runs
-    for name in ("ddpg-crossnorm", "ddpg-batchnorm-actor", "ddpg-batchnorm-critic"):
+    for name in ("ddpg-crossnorm", "ddpg-joint", "ddpg-eval-policy-critic"):
         shutil.copytree(root / "study/results/ddpg-none", root / "study/results" / name)
         for file in (root / "study/results" / name).iterdir():
             file.write_text(file.read_text().replace("ddpg-none", name))
