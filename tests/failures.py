@@ -243,7 +243,7 @@ FAILURES = [
 """,
         "",
         "Weights come back, the statistics that they were learnt with do not.",
-        "https://github.com/vwxyzjn/cleanrl/issues/310",
+        "https://github.com/hill-a/stable-baselines/issues/228",
         restored_policy_differs,
     ),
     Failure(
@@ -253,7 +253,7 @@ FAILURES = [
         "buffer.add(obs, action, reward, next_obs, terminated)",
         "buffer.add(obs, action, reward, next_obs, terminated or truncated)",
         "A time-out is taken for a death, so that the target is the last reward alone.",
-        "https://github.com/vwxyzjn/cleanrl/issues/198",
+        "https://github.com/openai/baselines/issues/436",
         time_outs_are_deaths,
     ),
     Failure(
