@@ -4,8 +4,8 @@ Off-policy: 256 x 256, batch 256, one update a step. PPO: 64 x 64, 16 environmen
 10 epochs of 32 minibatches. REINFORCE is left out, since the work of its update is that of the
 episodes. Each cell is a short run of a script's own train(), timed between updates, so acting,
 environment, replay, learning and logging are in it, start and evaluation are not. Cells alternate
-and repeat; the table gives medians with the lowest and highest repetition. On Linux the process
-keeps to as many cores as --threads says, which JAX would not do by itself.
+and repeat, and study/speed keeps each repetition. On Linux the process keeps to as many cores as
+--threads says, which JAX would not do by itself.
 
 The floor is the time of the environment's steps and of the bare matrix products of the updates, of
 the same shapes, one after the other in the same process.
@@ -16,6 +16,7 @@ they are installed.
 
 import contextlib
 import importlib
+import importlib.metadata
 import io
 import itertools
 import multiprocessing
@@ -27,6 +28,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
@@ -34,7 +36,13 @@ import numpy as np
 import torch
 import tyro
 
+from study.collect import processor, write
+from study.run import version
+
 NORMS = "none", "batchnorm", "batchrenorm", "layernorm", "zfilter"
+LIBRARIES = "stable_baselines3", "sbx"
+PACKAGES = "torch", "gymnasium", "mujoco", "numpy", "stable-baselines3", "sbx-rl", "jax"
+SPEED = Path(__file__).parent / "speed"  # what was measured, a file for each number of threads
 A_ROLLOUT = 16 * 128  # PPO's steps between two updates
 GRADIENT_STEPS = 10 * 32  # PPO's in an update
 
@@ -44,7 +52,6 @@ class Args:
     what: tuple[Literal["speed", "shares", "growth", "pair"], ...] = ("speed",)  # see the functions
     env: tuple[str, ...] = ("HalfCheetah-v4", "Ant-v4")  # Gymnasium ids
     script: tuple[Literal["ddpg_bn", "sac_bn", "ppo_bn"], ...] = ("ddpg_bn", "sac_bn", "ppo_bn")
-    norm: tuple[str, ...] = NORMS  # values of --norm
     repeat: int = 5  # repetitions of each cell
     updates: int = 300  # updates in a repetition; PPO: three rollouts
     threads: int = 1  # of torch, and cores of the process
@@ -172,39 +179,63 @@ def time_library(library, name, env, updates):
     return (len(times) - 1) / (times[-1] - times[0]), float("nan")
 
 
+def installed(package):
+    """Return the version of a package; none if it is missing."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+
+
 def speed(args):
-    """Print steps a second and milliseconds an update of everything, beside the floor."""
+    """Measure steps a second and milliseconds an update of everything, and the floor; keep both."""
     cells = {}
     for env, name in itertools.product(args.env, args.script):
         cells[env, name, "floor"] = lambda n=name, e=env: time_floor(n, e, args.updates)
-        for norm in args.norm:
-            key = env, name, f"--norm {norm}"
+        for norm in NORMS:
+            key = env, name, norm
             cells[key] = lambda n=name, e=env, x=norm: time_script(n, e, x, args.updates)
-        for library in ("stable_baselines3", "sbx"):
+        for library in LIBRARIES:
             key = env, name, library
             cells[key] = lambda n=name, e=env, x=library: time_library(x, n, e, args.updates)
-    found = {key: [] for key in cells}
+    about = {"date": time.strftime("%Y-%m-%d"), "commit": version(), "cpu": processor()}
+    about |= {"versions": " ".join(f"{x}=={installed(x)}" for x in PACKAGES if installed(x))}
+    rows = []
     for k in range(args.repeat):
         for key, measure in cells.items():
             print(f"\r{k + 1}/{args.repeat} {' '.join(key):60}", end="", file=sys.stderr)
             result = measure()
             if result:
-                found[key].append(result)
+                what = dict(zip(("env", "script", "what"), key, strict=True))
+                what |= {"threads": args.threads, "repetition": k + 1}
+                sps, ms = (f"{x:.5g}" for x in result)
+                rows.append(about | what | {"steps_per_s": sps, "ms_per_update": ms})
     print(file=sys.stderr)
-    print("| environment | script | | steps a second | of none's | ms an update | of the floor |")
-    print("|---|---|---|---|---|---|---|")
-    for (env, name, what), results in found.items():
-        if results:
-            sps, ms = (np.array(x) for x in zip(*results, strict=True))
-            plain, _ = zip(*found[env, name, f"--norm {args.norm[0]}"], strict=True)
-            floor = np.array(found[env, name, "floor"])[:, 1]
-            words = [f"{np.median(sps):.0f} ({min(sps):.0f} to {max(sps):.0f})"]
-            words += [f"{np.median(sps / plain):.2f}"]  # repetition by repetition
-            is_ours = np.isfinite(ms).all()
-            words += (
-                [f"{np.median(ms):.2f}", f"{np.median(ms / floor):.2f}"] if is_ours else [""] * 2
-            )
-            print(f"| {env} | `{name}.py` | {what} |", " | ".join(words), "|")
+    write(SPEED / f"{args.threads}-threads.csv", rows, tuple(rows[0]))
+    print(table(rows))
+
+
+def table(rows):
+    """Return the table of rows of study/speed: medians over repetitions (lowest to highest).
+
+    Milliseconds are of --norm none, beside the floor's; then the time of a step with a normalizer
+    as a multiple of none's, and the speed of none as a multiple of another library's.
+    """
+    found = {}
+    for row in rows:
+        place = found.setdefault((row["env"], row["script"], row["threads"]), {})
+        numbers = float(row["steps_per_s"]), float(row["ms_per_update"])
+        place.setdefault(row["what"], []).append(numbers)
+    head = ["environment", "script", "threads", "steps a second", "ms an update", "of the floor"]
+    head += [f"{norm} takes" for norm in NORMS[1:]] + ["against SB3", "against SBX"]
+    lines = [head, ["---"] * len(head)]
+    for (env, script, threads), cells in found.items():
+        sps, ms = ({what: np.array(x)[:, k] for what, x in cells.items()} for k in (0, 1))
+        shown = [f"{x:.4g}" for x in (np.median(sps["none"]), np.median(ms["none"]))]
+        ratios = [ms["none"] / ms["floor"]]  # repetition by repetition
+        ratios += [sps["none"] / sps[x] if x in sps else [] for x in NORMS[1:] + LIBRARIES]
+        for x in ratios:
+            shown.append(f"{np.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" if len(x) else "")
+        lines.append([env, f"`{script}.py`", threads, *shown])
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def shares(args):

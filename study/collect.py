@@ -90,10 +90,10 @@ def rows(run, run_dir, commit):
     return table
 
 
-def write(file, table):
+def write(file, table, columns=COLUMNS):
     """Write rows to a file that is whole as soon as it exists."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
     file.parent.mkdir(parents=True, exist_ok=True)

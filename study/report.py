@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from scipy import stats
 
-from study import cells
+from study import bench, cells
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -166,12 +166,16 @@ class Args:
 # --------------------------------------------------------------------------------------- Numbers
 
 
+def read_rows(file):
+    with open(file) as lines:
+        return list(csv.DictReader(lines))
+
+
 def read(folder):
     """Return {(cell, environment): {seed: rows}} of the files of results."""
     data = {}
     for file in sorted(folder.glob("*/*.csv")):
-        with open(file) as lines:
-            rows = list(csv.DictReader(lines))
+        rows = read_rows(file)
         data.setdefault((rows[0]["cell"], rows[0]["env"]), {})[int(rows[0]["seed"])] = rows
     return data
 
@@ -603,12 +607,23 @@ def make(data, known, claims, figures):
     return blocks, "\n".join([HEAD, *pages])
 
 
+def speed(folder):
+    """Return the table of what study.bench measured, and where and when."""
+    rows = [row for file in sorted(folder.glob("*.csv")) for row in read_rows(file)]
+    if not rows:
+        return "Not measured yet: `python -m study.bench`, then `python -m study.report`."
+    keys = "date", "cpu", "commit", "versions"
+    where = dict.fromkeys(", ".join(row[key] for key in keys) for row in rows)
+    return f"{bench.table(rows)}\n\nMeasured: {'; '.join(where)}."
+
+
 def main(args):
     style()
     readme, page = args.root / "README.md", args.root / "study" / "CLAIMS.md"
     claims, known = cells.load(args.root / "study" / "claims.toml")
     figures = None if args.check else args.root / "study" / "figures"
     blocks, text = make(read(args.root / "study" / "results"), known, claims, figures)
+    blocks["speed"] = speed(args.root / "study" / "speed")
     new = {readme: readme.read_text(), page: text}
     for name, content in blocks.items():
         new[readme] = between(new[readme], name, content)

@@ -102,3 +102,25 @@ def test_the_onset_is_past_half_of_the_final_change():
 def test_one_run_has_no_interval():
     assert np.isnan(report.interval([1.0])).all()
     assert report.with_interval([1.0]) == "1" and report.with_interval([]) == "no run"
+
+
+def test_the_table_of_speeds_takes_ratios_repetition_by_repetition(root):
+    rows = [
+        {
+            "env": "E",
+            "script": "s",
+            "threads": 1,
+            "what": what,
+            "steps_per_s": v,
+            "ms_per_update": m,
+        }
+        for what, v, m in (
+            *[("none", 100, 6), ("none", 50, 12), ("floor", 200, 4), ("floor", 100, 8)],
+            *[("batchnorm", 80, 9), ("batchnorm", 40, 9), ("sbx", 400, float("nan"))],
+            *[("sbx", 100, float("nan"))],
+        )
+    ]
+    line = report.bench.table(rows).split("\n")[2].split(" | ")
+    assert line[3:7] == ["75", "9", "1.50 (1.50 to 1.50)", "1.25 (1.25 to 1.25)"]
+    assert line[7:11] == [""] * 4 and line[11].startswith("0.38 (0.25 to 0.50)")
+    assert "Not measured yet" in report.speed(root / "study" / "speed")
