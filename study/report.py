@@ -148,6 +148,19 @@ PICTURES = {
         False,
     ),
 }
+SUMMARY = {  # words: cell of each family, where it has one
+    "none": "none",
+    "zfilter": "zfilter",
+    "fixed": "fixed-1",
+    "layernorm": "layernorm",
+    "batchnorm": "batchnorm",
+    "batchnorm: act eval, learn train": "eval-train",
+    "batchnorm: act train, learn train": "train-train",
+    f"batchnorm, {REPAIRED}": "eval-policy-critic",
+    "the same, --bn-joint": "joint",
+    "the same, --no-target-network": "no-target crossnorm",
+    "CrossQ": "crossq",
+}
 ORDER = "order of onset: "
 HEAD = """# The claims
 
@@ -435,6 +448,24 @@ def forum_table(data, known, done):
     return table(["", "seeds", *MODES], rows)
 
 
+def summary_table(data, known):
+    """Return the table of final returns of each normalizer, of the cells that are done."""
+    families = "reinforce", "ppo", "ddpg", "sac"
+    columns = [(family, env) for family in families for env in known[f"{family}-none"].envs]
+    rows = []
+    for words, names in SUMMARY.items():
+        shown = []
+        for family, env in columns:
+            cells_of_row = [f"{family}-{name}" for name in names.split()]
+            found = [x for x in cells_of_row if x in known and not missing(data, known, [x])]
+            shown.append(with_interval(values(data, found[0], env, LAST)) if found else "")
+        rows.append([words, *shown])
+    head = [f"`{family}_bn.py`, {env}" for family, env in columns]
+    used = [k for k in range(len(columns)) if any(row[k + 1] for row in rows)]
+    rows = [[row[0], *(row[k + 1] for k in used)] for row in rows]
+    return table(["", *(head[k] for k in used)], [row for row in rows if any(row[1:])])
+
+
 def command(cell):
     """Return the command of a cell's first run, and how the others differ."""
     seeds = [f"--seed 2 to {cell.seeds}"] if cell.seeds > 1 else []
@@ -590,6 +621,10 @@ def make(data, known, claims, figures):
             panels = [(script, env, scalar) for scalar in scalars]
             draw(data, known, panels, labels, figures / f"{name}.svg")
 
+    blocks["summary"] = summary_table(data, known)
+    lag = "![Lag of statistics, bias of Q and return of one failing and one repaired run]"
+    is_run = not missing(data, known, cells.cells_of(claims["Z1"], known))
+    blocks["lag"] = f"{lag}(study/figures/Z1.svg)" if is_run else not_made(["Z1"])
     done = {words: name for words, name in FORUM.items() if not missing(data, known, [name])}
     blocks["forum"] = not_made([f"F{k}" for k in range(1, 7)])
     if done:
