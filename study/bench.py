@@ -201,7 +201,8 @@ def speed(args):
     rows = []
     for k in range(args.repeat):
         for key, measure in cells.items():
-            print(f"\r{k + 1}/{args.repeat} {' '.join(key):60}", end="", file=sys.stderr, flush=True)
+            words = f"\r{k + 1}/{args.repeat} {' '.join(key):60}"
+            print(words, end="", file=sys.stderr, flush=True)
             result = measure()
             if result:
                 what = dict(zip(("env", "script", "what"), key, strict=True))
