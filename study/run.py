@@ -128,6 +128,7 @@ def work(run, runs, board, paths, *contents):
     if None in contents:
         return [], None
     os.chdir(cells.ROOT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray cancels by it: never ignore it
     folder = runs / run.path()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a+") as log:
@@ -284,7 +285,8 @@ def main(args):
         stop(ray, waiting)
         fail(error.cause)
     except KeyboardInterrupt:
-        print("stopping, the runs save themselves; then the same command goes on from there")
+        words = "stopping, the runs save themselves; then the same command goes on from there"
+        print(words, flush=True)
         stop(ray, waiting)
         sys.exit(1)
     finally:

@@ -223,6 +223,17 @@ def test_all_runs_are_made_though_a_machine_goes_away(tiny, tmp_path):
     assert again.stdout == "0 runs are missing\n"
 
 
+def test_a_stop_lets_runs_save_themselves_even_in_the_background(tiny, tmp_path):
+    pytest.importorskip("ray")
+    words = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *tiny("out", "tiny-none")]
+    driver = subprocess.Popen(words, cwd=cells.ROOT)  # a shell's background jobs ignore Ctrl-C
+    _, folder = saved_script(driver.pid, tmp_path / "runs-out")
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(60) == 1
+    assert "stopped at step" in Path(f"{folder}.log").read_text()
+    assert not (folder / "result.json").exists()
+
+
 def saved_script(raylet, runs):
     """Wait until a script under this process has saved itself; return its id and folder."""
     for _ in range(300):
