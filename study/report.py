@@ -236,15 +236,15 @@ class Comparison(NamedTuple):
 
 
 def judge(relation, low, high):
-    """Return whether a relation holds, fails or is not decided, by the rules in claims.toml."""
+    """Return whether a relation holds, is refuted or not decided, by the rules in claims.toml."""
     if np.isnan(low):
         return "not decided"
     if relation in (">", ">="):
         low, high = -high, -low  # now below 0 is on the named side
     if relation == "=":
-        return "holds" if low <= 0 <= high else "fails"
+        return "holds" if low <= 0 <= high else "refuted"
     if low > 0:
-        return "fails"
+        return "refuted"
     return "holds" if high < 0 or relation in ("<=", ">=") else "not decided"
 
 
@@ -266,7 +266,7 @@ def compare(data, known, claim, rule):
                 [[row[claim["metric"].split()[0]] for row in rows] for rows in seeds.values()]
                 for seeds in (data[left, env], data[right, env])
             ]
-            verdict = "holds" if curves[0] == curves[1] else "fails"
+            verdict = "holds" if curves[0] == curves[1] else "refuted"
         found.append(Comparison(rule, env, float(iqm(x)), float(iqm(y)), low, high, verdict))
     return found
 
@@ -478,7 +478,7 @@ def command(cell):
 def verdict_of(claim, comparisons):
     """Return (verdict, the comparison that decides it) of a claim without missing runs."""
     decisive = [c for rule in claim["compare"] for c in comparisons if c.rule == rule]
-    for verdict in ("fails", "not decided", "holds"):
+    for verdict in ("refuted", "not decided", "holds"):
         for comparison in decisive:
             if comparison.verdict == verdict:
                 return verdict, comparison
