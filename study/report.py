@@ -38,7 +38,7 @@ DASHES = "-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))  # for cells
 UNITS = {
     "eval/return": "return in evaluation (sum of rewards)",
     "charts/episodic_return": "return while training (sum of rewards)",
-    "norm/actor_grad": "norm of the actor's gradient",
+    "norm/actor_grad": "actor's gradient (norm)",
     "norm/saturation": "actions at their bounds (share)",
     "norm/q_bias": "bias of Q (share of the return)",
     "norm/stat_lag": "lag of running statistics (std)",
@@ -162,6 +162,7 @@ SUMMARY = {  # words: cell of each family, where it has one
     "the same, --no-target-network": "no-target crossnorm",
     "CrossQ": "crossq",
 }
+MECHANISM = "norm/actor_grad", "norm/saturation", "norm/stat_lag", "norm/q_bias", "eval/return"
 ORDER = "order of onset: "
 HEAD = """# The claims
 
@@ -381,18 +382,24 @@ def dots(rows, xlabel, file):
     save(figure, file)
 
 
-def mechanism(data, known, names, env, scalars, file):
-    """Draw seed 1 of two cells on one time axis, with the onset of each scalar in the first."""
-    size = 8, 2.2 * len(scalars) + 0.6
+def mechanism(data, known, labels, env, scalars, file, has_onsets):
+    """Draw seed 1 of two cells on one time axis, and when each scalar of the first set in."""
+    size = 8, 1.9 * len(scalars) + 0.6
     figure, axes = plt.subplots(len(scalars), figsize=size, sharex=True, layout="constrained")
     for ax, scalar in zip(axes, scalars, strict=True):
-        for name in names:
+        for name, label in labels.items():
             steps, x = points(data[name, env][1], scalar)
-            ax.plot(steps / 1000, x, color=color(known[name]), linewidth=2, label=name)
-        at = onset(data[names[0], env][1], scalar) / 1000
-        ax.axvline(at, color=color(known[names[0]]), linestyle=":")
-        ax.annotate(f" onset {at:.0f}", (at, 1), xycoords=("data", "axes fraction"), va="top")
+            ax.plot(steps / 1000, x, color=color(known[name]), linewidth=2, label=label)
+        first = next(iter(labels))
+        at = onset(data[first, env][1], scalar) / 1000
+        if has_onsets:
+            ax.axvline(at, color=color(known[first]), linestyle=":")
+            ax.annotate(f" onset {at:.0f}", (at, 1), xycoords=("data", "axes fraction"), va="top")
         ax.set_ylabel("\n(".join(UNITS[scalar].split(" (")))
+        if scalar == "norm/actor_grad":
+            ax.set_yscale("log")
+        if scalar == "norm/stat_lag":
+            ax.set_ylim(0)
     axes[-1].set_xlabel(f"environment steps (thousands), {env}, seed 1")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     save(figure, file)
@@ -565,7 +572,8 @@ def draw_claim(data, known, claim, names, file):
     """Draw what a claim is about: curves, the modes of one policy, or an order of onset."""
     metric, against = claim["metric"], claim.get("against")
     if order := order_of(claim):
-        return mechanism(data, known, names, known[names[0]].envs[0], order, file)
+        labels = dict(zip(names, names, strict=True))
+        return mechanism(data, known, labels, known[names[0]].envs[0], order, file, True)
     if against:
         sides = {words: mode for words, mode in MODES.items() if mode[0] in (metric, against)}
         rows = {name: modes(data, known, name, sides) for name in names}
@@ -623,9 +631,14 @@ def make(data, known, claims, figures):
             draw(data, known, panels, labels, figures / f"{name}.svg")
 
     blocks["summary"] = summary_table(data, known)
-    lag = "![Lag of statistics, bias of Q and return of one failing and one repaired run]"
-    is_run = not missing(data, known, cells.cells_of(claims["Z1"], known))
-    blocks["lag"] = f"{lag}(study/figures/Z1.svg)" if is_run else not_made(["Z1"])
+    labels = {x: words for x, words in PICTURES["first"].labels.items() if "batch" in words}
+    blocks["mechanism"] = not_made(labels)
+    if not missing(data, known, labels):
+        words = "Lag of statistics, gradient, saturation, bias of Q and return of two runs"
+        blocks["mechanism"] = f"![{words}](study/figures/mechanism.svg)"
+        if figures:
+            file = figures / "mechanism.svg"
+            mechanism(data, known, labels, HALF_CHEETAH, MECHANISM, file, False)
     done = {words: name for words, name in FORUM.items() if not missing(data, known, [name])}
     blocks["forum"] = not_made([f"F{k}" for k in range(1, 7)])
     if done:
