@@ -346,6 +346,14 @@ def test_train_mode_batch_norm_before_the_output_has_no_policy_gradient(norm):
     )
     assert moved > args.actor_lr  # ten steps along nothing
 
+    with torch.no_grad():
+        out.weight *= 1e5  # Q is as far off as on Hopper-v4, and rounding grows with it
+    noise = grad_norm(ddpg_bn.actor_loss(agent, batch, args), agent.actor)
+    batch = ddpg_bn.Batch(*(x.double() for x in batch))
+    agent.actor.double(), agent.critic.double()
+    rest = grad_norm(ddpg_bn.actor_loss(agent, batch, args), agent.actor)
+    assert noise > 1e-3 and rest < 1e-6 * noise, (noise, rest)
+
 
 def policy_gradients(position):
     """Return the gradient of the actor's loss in train and in eval mode, flat, and the agent."""
