@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import same, unmeasured
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+import tyro
+from conftest import all_scalars, checkpoint, same, unmeasured
 
 import ddpg_bn
 
@@ -43,8 +43,11 @@ def run(script, options, cwd, wait=True):
     return process.returncode, out, err
 
 
-def checkpoint(run_dir):
-    return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)
+def train(script, options="", resume=""):
+    """Run a script's train() in this process, which saves the start of another one."""
+    module = importlib.import_module(script)
+    default = module.saved_args(resume) if resume else module.Args()
+    return module.train(tyro.cli(module.Args, args=options.split(), default=default))
 
 
 # ------------------------------------------------------------------------------ Mistakes
@@ -178,11 +181,11 @@ def test_the_papers_critic_needs_two_layers(capsys):
     assert "--action-layer 1 needs two --hidden-sizes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_mistake_on_the_command_line_has_no_traceback(script, tmp_path):
-    code, out, err = run(ROOT / f"{script}.py", "--norm zfilter --norm-position pre", tmp_path)
+def test_a_mistake_on_the_command_line_has_no_traceback(tmp_path):
+    """As a user sees it; test_mistakes.py makes many more."""
+    code, out, err = run(ROOT / "ddpg_bn.py", "--norm zfilter --norm-position pre", tmp_path)
     assert (code, out) == (2, "") and len(err.strip().splitlines()) == 1 and "Traceback" not in err
-    assert err.startswith(f"{script}.py: --norm-position")
+    assert err.startswith("ddpg_bn.py: --norm-position")
 
 
 def test_a_run_dir_is_never_overwritten(small, capsys):
@@ -226,35 +229,29 @@ def test_the_main_job_reaches_updates(script, tmp_path):
 # ---------------------------------------------------------------------- Kill, resume, go on
 
 
-@pytest.mark.parametrize(
-    "script, norm", [("ddpg_bn", "batchrenorm --bn-warmup 60"), ("ppo_bn", "zfilter --reward-norm")]
-)
-def test_killed_and_resumed_equals_never_killed(script, norm, tmp_path):
-    """As a user does it; test_faults.py looks closer."""
-    steps = 1000 if script in OFF_POLICY else 3000  # long enough to be killed before the end
-    options = f"{TINY[script]} --norm {norm} --total-steps {steps} --save-every 200"
-    path = ROOT / f"{script}.py"
-    code, _, err = run(path, f"{options} --run-dir whole", tmp_path)
-    assert code == 0, err
-    process = run(path, f"{options} --run-dir killed", tmp_path, wait=False)
+def test_killed_and_resumed_equals_never_killed(tmp_path, monkeypatch):
+    """As a user does it; test_faults.py looks closer, at each script."""
+    monkeypatch.chdir(tmp_path)
+    options = f"{TINY['ddpg_bn']} --norm batchrenorm --bn-warmup 60 --total-steps 1000"
+    options += " --save-every 200"
+    whole = train("ddpg_bn", f"{options} --run-dir whole")
+    process = run(ROOT / "ddpg_bn.py", f"{options} --run-dir killed", tmp_path, wait=False)
     deadline = time.time() + 120
-    while not (tmp_path / "killed/checkpoint.pt").exists():
+    while not Path("killed/checkpoint.pt").exists():
         assert process.poll() is None and time.time() < deadline, process.communicate()
         time.sleep(0.01)
     time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "killed/result.json").exists()
-    code, _, err = run(path, "--resume killed", tmp_path)
+    assert not Path("killed/result.json").exists()
+    code, _, err = run(ROOT / "ddpg_bn.py", "--resume killed", tmp_path)
     assert code == 0, err
-    assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed"))
-    results = [json.loads((tmp_path / d / "result.json").read_text()) for d in ("whole", "killed")]
-    assert results[0]["eval"] == results[1]["eval"] and len(results[0]["eval"]) >= 4
-    assert results[0]["updates"] == results[1]["updates"]
-    events = EventAccumulator(str(tmp_path / "killed"))
-    events.Reload()
-    for tag in events.Tags()["scalars"]:  # TensorBoard shows no point twice
-        steps = [event.step for event in events.Scalars(tag)]
+    assert same(checkpoint("whole"), checkpoint("killed"))
+    killed = json.loads(Path("killed/result.json").read_text())
+    assert killed["eval"] == [list(x) for x in whole["eval"]] and len(killed["eval"]) >= 4
+    assert killed["updates"] == whole["updates"]
+    for tag, points in all_scalars("killed").items():  # TensorBoard shows no point twice
+        steps = [step for step, _ in points]
         assert steps == sorted(set(steps)), tag
 
 
@@ -304,12 +301,14 @@ ddpg_bn.write(path, lambda file: torch.save(torch.ones(10_000), file))
     assert [x.name for x in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_ctrl_c_saves_and_says_how_to_go_on(script, number, tmp_path):
-    options = f"{TINY[script]} --total-steps 1500"
-    path = ROOT / f"{script}.py"
-    process = run(path, f"{options} --run-dir stopped", tmp_path, wait=False)
+INTERRUPTS = [(script, signal.SIGINT) for script in SCRIPTS] + [("ddpg_bn", signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("script, number", INTERRUPTS)
+def test_ctrl_c_saves_and_says_how_to_go_on(script, number, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = f"{TINY[script]} --total-steps 1500 --run-dir"
+    process = run(ROOT / f"{script}.py", f"{options} stopped", tmp_path, wait=False)
     deadline = time.time() + 120
     while not list(tmp_path.glob("stopped/events*")):
         assert process.poll() is None and time.time() < deadline, process.communicate()
@@ -320,13 +319,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(script, number, tmp_path):
     assert process.returncode == 1 and "Traceback" not in err, err
     assert "again to stop at once" in err
     step = int(re.search(r"stopped at step (\d+): --resume stopped goes on", out)[1])
-    assert 0 < step < 1500 and not (tmp_path / "stopped/result.json").exists()
-    if number == signal.SIGINT:
-        code, out, err = run(path, "--resume stopped", tmp_path)
-        assert code == 0 and "final evaluation" in out, err
-    if number == signal.SIGINT and script == "ddpg_bn":  # it stopped where an episode ended
-        code, _, err = run(path, f"{options} --run-dir whole", tmp_path)
-        assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "stopped"))
+    assert 0 < step < 1500 and not Path("stopped/result.json").exists()
+    result = train(script, resume="stopped")
+    assert result["steps"] >= 1500 and "final evaluation" in capsys.readouterr().out
+    if script == "ddpg_bn":  # it stopped where an episode ended
+        assert train(script, f"{options} whole")["eval"] == result["eval"]
+        assert same(checkpoint("whole"), checkpoint("stopped"))
 
 
 # --------------------------------------------------------------------- The strip property
@@ -360,16 +358,15 @@ def test_stripped_script_is_plain_and_complete(script, tmp_path):
     path = path.rename(empty / path.name)
     code, _, err = run(path, f"{options} {tmp_path}/plain", empty)
     assert code == 0, err
-    code, _, err = run(ROOT / f"{script}.py", f"{options} {tmp_path}/none --norm none", tmp_path)
-    assert code == 0, err
+    whole = train(script, f"{options} {tmp_path}/none --norm none")
     a, b = checkpoint(tmp_path / "plain"), checkpoint(tmp_path / "none")
     statistics = {"obs_stat", "obs_filter"} | ({"reward_stat"} if script in ON_POLICY else set())
     assert b.keys() - a.keys() == statistics
     assert same(a, {key: b[key] for key in a})
-    results = [json.loads((tmp_path / d / "result.json").read_text()) for d in ("plain", "none")]
-    assert results[0]["eval"] == results[1]["eval"]
+    plain = json.loads((tmp_path / "plain/result.json").read_text())
+    assert plain["eval"] == [list(x) for x in whole["eval"]]
     updates = {"ddpg_bn": 600, "sac_bn": 600, "ppo_bn": 7 * 10 * 4}
-    assert results[0]["updates"] == updates.get(script, results[1]["updates"]) > 100
+    assert plain["updates"] == updates.get(script, whole["updates"]) > 100
 
 
 KINDS = "flag", "obs", "reward", "layer", "mode", "batch", "target", "report", "save"
