@@ -317,6 +317,18 @@ def save(figure, file):
     plt.close(figure)
 
 
+def set_scale(ax, scalar):
+    """Choose the vertical axis of a scalar, logarithmic where its values span decades."""
+    if scalar == "norm/actor_grad":
+        ax.set_yscale("log")
+    if scalar == "norm/first_ratio":
+        ax.set_yscale("symlog", linthresh=0.1)
+    if scalar == "norm/q_bias" and np.abs(ax.get_ylim()).max() > 10:
+        ax.set_yscale("symlog", linthresh=10)
+    if scalar == "norm/stat_lag":
+        ax.set_ylim(0)
+
+
 def curves(ax, data, labels, known, env, scalar):
     """Draw the IQM over seeds of each cell, and its interval as a shade.
 
@@ -340,10 +352,7 @@ def curves(ax, data, labels, known, env, scalar):
         if not np.isnan(low).all():
             ax.fill_between(steps / 1000, low, high, color=shade, alpha=0.15, linewidth=0)
     ax.set(xlabel="environment steps (thousands)", ylabel=UNITS.get(scalar, scalar))
-    if scalar == "norm/actor_grad":
-        ax.set_yscale("log")
-    if scalar == "norm/first_ratio":
-        ax.set_yscale("symlog", linthresh=0.1)
+    set_scale(ax, scalar)
 
 
 def draw(data, known, panels, labels, file, levels=()):
@@ -382,11 +391,14 @@ def dots(rows, xlabel, file):
     save(figure, file)
 
 
-def mechanism(data, known, labels, env, scalars, file, has_onsets):
+def mechanism(data, known, labels, envs, scalars, file, has_onsets):
     """Draw seed 1 of two cells on one time axis, and when each scalar of the first set in."""
-    size = 8, 1.9 * len(scalars) + 0.6
-    figure, axes = plt.subplots(len(scalars), figsize=size, sharex=True, layout="constrained")
-    for ax, scalar in zip(axes, scalars, strict=True):
+    size = 1 + 5.5 * len(envs), 1.9 * len(scalars) + 0.6
+    figure, axes = plt.subplots(
+        len(scalars), len(envs), figsize=size, sharex=True, squeeze=False, layout="constrained"
+    )
+    for (k, scalar), (j, env) in itertools.product(enumerate(scalars), enumerate(envs)):
+        ax = axes[k, j]
         for name, label in labels.items():
             steps, x = points(data[name, env][1], scalar)
             ax.plot(steps / 1000, x, color=color(known[name]), linewidth=2, label=label)
@@ -395,13 +407,12 @@ def mechanism(data, known, labels, env, scalars, file, has_onsets):
         if has_onsets:
             ax.axvline(at, color=color(known[first]), linestyle=":")
             ax.annotate(f" onset {at:.0f}", (at, 1), xycoords=("data", "axes fraction"), va="top")
-        ax.set_ylabel("\n(".join(UNITS[scalar].split(" (")))
-        if scalar == "norm/actor_grad":
-            ax.set_yscale("log")
-        if scalar == "norm/stat_lag":
-            ax.set_ylim(0)
-    axes[-1].set_xlabel(f"environment steps (thousands), {env}, seed 1")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+        set_scale(ax, scalar)
+        if j == 0:
+            ax.set_ylabel("\n(".join(UNITS[scalar].split(" (")))
+        if scalar == scalars[-1]:
+            ax.set_xlabel(f"environment steps (thousands), {env}, seed 1")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     save(figure, file)
 
 
@@ -532,9 +543,11 @@ def claim_page(data, known, claim, figures):
     head = "comparison", "environment", "left", "right", "difference (95 %)", "verdict"
     metric = f"Verdict: **{verdict}**. Metric: {claim['metric']}"
     metric += f", on the right {claim['against']}." if "against" in claim else "."
-    parts += [metric, f"![{name}](figures/{name}.svg)", table(head, rows)]
+    notes = [f"Note after the runs: {claim['note']}"] if "note" in claim else []
+    parts += [metric, *notes, f"![{name}](figures/{name}.svg)", table(head, rows)]
     parts += [seeds_table(data, known, claim, names), *onsets(data, known, claim), commands]
-    row += [verdict, f"[figure](study/figures/{name}.svg)", why(known, claim, decisive)]
+    reason = ". ".join([why(known, claim, decisive), *notes])
+    row += [verdict, f"[figure](study/figures/{name}.svg)", reason]
     return "\n\n".join(parts), row
 
 
@@ -573,7 +586,7 @@ def draw_claim(data, known, claim, names, file):
     metric, against = claim["metric"], claim.get("against")
     if order := order_of(claim):
         labels = dict(zip(names, names, strict=True))
-        return mechanism(data, known, labels, known[names[0]].envs[0], order, file, True)
+        return mechanism(data, known, labels, known[names[0]].envs, order, file, True)
     if against:
         sides = {words: mode for words, mode in MODES.items() if mode[0] in (metric, against)}
         rows = {name: modes(data, known, name, sides) for name in names}
@@ -631,14 +644,15 @@ def make(data, known, claims, figures):
             draw(data, known, panels, labels, figures / f"{name}.svg")
 
     blocks["summary"] = summary_table(data, known)
-    labels = {x: words for x, words in PICTURES["first"].labels.items() if "batch" in words}
+    words = {"batchnorm": "batchnorm", "eval-policy-critic": f"batchnorm, {REPAIRED}"}
+    labels = {f"ddpg-{name}": label for name, label in words.items()}
     blocks["mechanism"] = not_made(labels)
     if not missing(data, known, labels):
-        words = "Lag of statistics, gradient, saturation, bias of Q and return of two runs"
+        words = "Gradient, saturation, lag of statistics, bias of Q and return of two runs"
         blocks["mechanism"] = f"![{words}](study/figures/mechanism.svg)"
         if figures:
             file = figures / "mechanism.svg"
-            mechanism(data, known, labels, HALF_CHEETAH, MECHANISM, file, False)
+            mechanism(data, known, labels, (HALF_CHEETAH, HOPPER), MECHANISM, file, False)
     done = {words: name for words, name in FORUM.items() if not missing(data, known, [name])}
     blocks["forum"] = not_made([f"F{k}" for k in range(1, 7)])
     if done:
