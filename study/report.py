@@ -120,6 +120,7 @@ PICTURES = {
     "joint": Picture(
         {
             "ddpg-eval-policy-critic": f"batchnorm, {REPAIRED}",
+            "ddpg-target-train": f"batchnorm, {REPAIRED} --bn-target train",
             "ddpg-joint": f"batchnorm, {REPAIRED} --bn-joint",
             "ddpg-crossnorm": f"batchnorm, {REPAIRED} --bn-joint --no-target-network",
         },
@@ -158,7 +159,8 @@ SUMMARY = {  # words: cell of each family, where it has one
     "batchnorm: act eval, learn train": "eval-train",
     "batchnorm: act train, learn train": "train-train",
     f"batchnorm, {REPAIRED}": "eval-policy-critic",
-    "the same, --bn-joint": "joint",
+    "the same, --bn-target train": "target-train",
+    f"batchnorm, {REPAIRED} --bn-joint": "joint",
     "the same, --no-target-network": "no-target crossnorm",
     "CrossQ": "crossq",
 }
