@@ -32,7 +32,6 @@ Implementation details, sections and equations of the paper (arXiv 1509.02971) u
 
 import contextlib
 import copy
-import importlib.metadata
 import io
 import itertools
 import json
@@ -52,6 +51,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -102,7 +102,7 @@ class Args:
     gamma: float = 0.99  # discount per step
     tau: float = 0.005  # weight of the live network in its target (7)
     noise: float = 0.1  # standard deviation of exploration, in halves of the action range (3)
-    hidden_sizes: tuple[int, ...] = (256, 256)  # width of each hidden layer, in both networks
+    hidden_sizes: tuple[int, ...] = (256, 256)  # width of each hidden layer
     max_grad_norm: float = 0.0  # longest gradient of a network; 0 for any length
     target_network: bool = True  # no: bootstrap from the live networks
     action_layer: Literal[0, 1] = 0  # action at the critic's input, or (1) second hidden layer (10)
@@ -308,8 +308,8 @@ def make_agent(env, args, device):
     agent = SimpleNamespace(actor=actor, critic=critic, device=device, env=args.env)
     agent.actor_target = copy.deepcopy(actor) if args.target_network else actor
     agent.critic_target = copy.deepcopy(critic) if args.target_network else critic
-    agent.actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
-    agent.critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
+    agent.actor_optimizer = Adam(actor.parameters(), args.actor_lr, fused=True)
+    agent.critic_optimizer = Adam(critic.parameters(), args.critic_lr, fused=True)
     agent.obs_stat = RunningStat(obs_dim)  # NORM obs: every run counts the states it meets
     agent.obs_filter = make_filter(agent.obs_stat, args)  # NORM obs: for most --norm the identity
     return agent
@@ -544,7 +544,8 @@ def probe(net, *inputs):
 def norm_scalars(agent, batch):
     """Return {name: value} of the normalization panel, from the last training batch:
 
-    train_eval_gap_policy, _q, stat_lag and dead_units: see `probe`, means over layers.
+    train_eval_gap_policy, _q, stat_lag and dead_units: see `probe`, means over layers, on the
+    batch's (s, a); what else passed the critic in train mode moved its statistics too.
     actor_grad: norm of the actor's gradient in the last update.
     saturation: share of the components of mu(s) in the outermost 1 % at either bound.
     """
@@ -571,11 +572,11 @@ def q_bias(agent, episodes, gamma):
     """
     errors = []
     for obs, action, reward, terminated in episodes:
+        inputs = agent.obs_filter(obs, update=False), action
+        inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
         g = list(itertools.accumulate(reward[::-1], lambda g, r: r + gamma * g))[::-1]
         n = len(g) if terminated else (gamma ** np.arange(len(g), 0, -1) <= 0.01).sum()
-        inputs = agent.obs_filter(obs[:n], update=False), action[:n]
-        inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
-        q, g = agent.critic.eval()(*inputs).cpu().numpy(), np.array(g[:n])
+        q, g = agent.critic.eval()(*inputs).cpu().numpy()[:n], np.array(g[:n])
         errors.extend((q - g) / np.maximum(np.abs(g), 10))
     return {"q_bias": np.mean(errors), "q_bias_std": np.std(errors)} if errors else {}
 
@@ -607,7 +608,8 @@ def save_run(run_dir, agent, buffer, generators, progress, writer):
 
     state = {part: getattr(agent, part).state_dict() for part in PARTS}
     state |= {"buffer": buffer.state_dict(), "progress": progress, "torch": torch.get_rng_state()}
-    state |= {"env": agent.env, "cuda": torch.cuda.get_rng_state_all()}
+    cuda = [torch.cuda.get_rng_state()] if agent.device == "cuda" else []
+    state |= {"env": agent.env, "cuda": cuda}
     state["generators"] = [generator.bit_generator.state for generator in generators]
     # NORM begin: save: a policy is worth nothing without the statistics that it learnt with
     for name, stat in (("obs_stat", agent.obs_stat), ("obs_filter", agent.obs_filter.stat)):
@@ -655,8 +657,8 @@ def make_run_dir(args):
     """Make and return the folder of a new run; no two runs get the same."""
     name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     # NORM begin: flag: the name of a run says how it is normalized
-    changed = changed_norm_options(args) | {"norm_position": "+".join(args.norm_position)}
-    words = [f"{key}={changed[key]}" for key in changed if changed[key] and key != "norm_stats"]
+    changed = changed_norm_options(replace(args, norm_stats=""))
+    words = [f"{k}={'+'.join(v) if k == 'norm_position' else v}" for k, v in changed.items()]
     name = "-".join([args.norm, *words, name])
     # NORM end
     run_dir = Path(args.run_dir or Path("runs") / args.env / Path(__file__).stem / name)
@@ -689,7 +691,8 @@ def open_run(args):
 def describe_run(run_dir, args):
     """Write args.json, with options and versions; the run is not finished, so has no result."""
     (run_dir / "result.json").unlink(missing_ok=True)
-    versions = {x: importlib.metadata.version(x) for x in ("torch", "gymnasium", "mujoco", "numpy")}
+    names = "torch", "gymnasium", "mujoco", "numpy"  # mujoco only where the environment uses it
+    versions = {x: sys.modules[x].__version__ for x in names if x in sys.modules}
     about = {"script": Path(__file__).stem, "args": asdict(replace(args, resume=""))}
     text = json.dumps(about | {"versions": versions}, indent=2)
     write(run_dir / "args.json", lambda file: file.write(text.encode()))
@@ -701,7 +704,7 @@ def describe_run(run_dir, args):
 class Checked(gym.Wrapper):
     """Keeps actions to their bounds, and plays a death that pays NaN where float32 cannot go on:
 
-    after an observation of 1e18 or more, whose square it cannot hold, a reward of 1e38, or NaN.
+    after an observation of 1e18 or more, whose square nears its limit, a reward of 1e38, or NaN.
     """
 
     def reset(self, **options):
@@ -833,7 +836,7 @@ def train(args, stop=()):
             writer.add_scalar("charts/SPS", (step - start_step) / (time.time() - start_time), step)
             for name, value in losses.items():
                 writer.add_scalar(f"losses/{name}", value, step)
-            for name, value in norm_scalars(agent, batch).items():  # NORM report: on copies
+            for name, value in norm_scalars(agent, batch).items():  # NORM report: changes nothing
                 writer.add_scalar(f"norm/{name}", value, step)  # NORM report: see norm_scalars
         if args.eval_every and step % args.eval_every == 0 and step < args.total_steps:
             evaluations.append(report_evaluation(agent, eval_env, args, step, writer, bar))

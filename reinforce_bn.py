@@ -22,14 +22,12 @@ Implementation details, sections and equations of the paper (Machine Learning 8,
   (8) Discrete actions: a categorical policy. Continuous: a Gaussian whose deviation, 0.5 at first
       (Andrychowicz et al. 2021), does not depend on the state; actions scaled from [-1, 1] to the
       environment's bounds and clipped there, but not in the log-probability.
-  (9) Orthogonal weights; small last layer of the actor (0.01), so first actions are near zero.
+  (9) Orthogonal weights; small last layer of the actor (0.01), so at first states matter little.
   (10) Adam with epsilon 1e-5; the policy's learning rate falls to zero linearly.
 """
 
 import contextlib
 import copy  # NORM report: diagnostics work on copies
-import functools
-import importlib.metadata
 import io
 import itertools
 import json
@@ -49,6 +47,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F  # NORM layer: batch norm without a module
 import tyro
+from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -87,7 +86,7 @@ class Args:
     # also move the running ones
     bn_rollout: Literal["eval", "train"] = "eval"
     # learning uses the statistics of its batch, which also move the running ones, or (eval) these;
-    # with both in eval mode nothing moves them, and the layers start and stay without effect
+    # with both in eval mode nothing moves them: what remains is the layers' learnt scale and shift
     bn_update: Literal["train", "eval"] = "train"
     # passes in train mode over the last rollout, each one batch, without learning, before the final
     # evaluation; statistics approach the batch's at the rate of --bn-momentum
@@ -311,9 +310,8 @@ def make_agent(envs, args, device):
     actor = Actor(obs_shape, envs.single_action_space, args).to(device)
     critic = Critic(obs_shape, args).to(device)
     agent = SimpleNamespace(actor=actor, critic=critic, device=device, env=args.env)
-    adam = functools.partial(torch.optim.Adam, eps=1e-5, fused=True)
-    agent.actor_optimizer = adam(actor.parameters(), args.actor_lr)
-    agent.critic_optimizer = adam(critic.parameters(), args.critic_lr)
+    agent.actor_optimizer = Adam(actor.parameters(), args.actor_lr, eps=1e-5, fused=True)
+    agent.critic_optimizer = Adam(critic.parameters(), args.critic_lr, eps=1e-5, fused=True)
     agent.obs_stat = RunningStat(obs_shape)  # NORM obs: every run counts the states it meets
     agent.obs_filter = make_filter(agent.obs_stat, args)  # NORM obs: for most --norm the identity
     agent.reward_scale = RewardScale(args)  # NORM reward: for --reward-norm
@@ -589,7 +587,7 @@ def norm_scalars(agent, rollout, obs):
         moments = rollout.obs[:: len(rollout.obs) // 8 + 1]
         scalars["moment_gap"] = moment_gap(agent.actor.net, moments, obs)
     if not agent.actor.is_discrete:
-        action = copy.deepcopy(agent.actor).eval()(obs).mode
+        action = agent.actor.eval()(obs).mode
         scalars["saturation"] = (action.abs() > 0.98).float().mean().item()
     return scalars
 
@@ -635,7 +633,8 @@ def save_run(run_dir, agent, generators, progress, writer):
 
     state = {part: getattr(agent, part).state_dict() for part in PARTS}
     state |= {"progress": progress, "torch": torch.get_rng_state()}
-    state |= {"env": agent.env, "cuda": torch.cuda.get_rng_state_all()}
+    cuda = [torch.cuda.get_rng_state()] if agent.device == "cuda" else []
+    state |= {"env": agent.env, "cuda": cuda}
     state["generators"] = [generator.bit_generator.state for generator in generators]
     # NORM begin: save: a policy is worth nothing without the statistics that it learnt with
     stats = {"obs_stat": agent.obs_stat, "obs_filter": agent.obs_filter.stat}
@@ -684,8 +683,8 @@ def make_run_dir(args):
     """Make and return the folder of a new run; no two runs get the same."""
     name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     # NORM begin: flag: the name of a run says how it is normalized
-    changed = changed_norm_options(args) | {"norm_position": "+".join(args.norm_position)}
-    words = [f"{key}={changed[key]}" for key in changed if changed[key] and key != "norm_stats"]
+    changed = changed_norm_options(replace(args, norm_stats=""))
+    words = [f"{k}={'+'.join(v) if k == 'norm_position' else v}" for k, v in changed.items()]
     name = "-".join([args.norm, *words, name])
     # NORM end
     run_dir = Path(args.run_dir or Path("runs") / args.env / Path(__file__).stem / name)
@@ -718,7 +717,8 @@ def open_run(args):
 def describe_run(run_dir, args):
     """Write args.json, with options and versions; the run is not finished, so has no result."""
     (run_dir / "result.json").unlink(missing_ok=True)
-    versions = {x: importlib.metadata.version(x) for x in ("torch", "gymnasium", "mujoco", "numpy")}
+    names = "torch", "gymnasium", "mujoco", "numpy"  # mujoco only where the environment uses it
+    versions = {x: sys.modules[x].__version__ for x in names if x in sys.modules}
     about = {"script": Path(__file__).stem, "args": asdict(replace(args, resume=""))}
     text = json.dumps(about | {"versions": versions}, indent=2)
     write(run_dir / "args.json", lambda file: file.write(text.encode()))
@@ -730,7 +730,7 @@ def describe_run(run_dir, args):
 class Checked(gym.Wrapper):
     """Keeps actions to their bounds, and plays a death that pays NaN where float32 cannot go on:
 
-    after an observation of 1e18 or more, whose square it cannot hold, a reward of 1e38, or NaN.
+    after an observation of 1e18 or more, whose square nears its limit, a reward of 1e38, or NaN.
     """
 
     def reset(self, **options):
@@ -765,8 +765,7 @@ def make_env(args):
     except Exception as error:
         fail(f"--env {args.env} cannot be made: {error}")
     obs_space, action_space = env.observation_space, env.action_space
-    h, w, c = (*(obs_space.shape or ()), 1, 1, 1)[:3]
-    is_image = obs_space.shape == (h, w, c) and min(h, w) >= 3
+    is_image = len(obs_space.shape or ()) == 3 and min(obs_space.shape[:2]) >= 3
     if not isinstance(obs_space, gym.spaces.Box) or (args.network == "cnn" and not is_image):
         fail(f"--env {args.env} observes {obs_space}: --network {args.network} cannot use it")
     if is_scalable(action_space):
@@ -776,7 +775,9 @@ def make_env(args):
         env = gym.wrappers.TransformAction(env, lambda action: action * scale + bias, box)  # (8)
     elif not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
         fail(f"--env {args.env} acts in {action_space}: choose discrete or bounded actions")
-    shape = (c, h, w) if args.network == "cnn" else (math.prod(obs_space.shape),)
+    shape = (math.prod(obs_space.shape),)
+    if args.network == "cnn":
+        shape = obs_space.shape[2:] + obs_space.shape[:2]  # channels first
 
     def as_float(obs):
         return np.float32(np.moveaxis(obs, -1, 0) if args.network == "cnn" else obs).reshape(shape)
@@ -818,8 +819,8 @@ def report_modes(agent, args, obs, step, writer):
         return  # the policy has no modes
     envs = make_envs(args, args.num_envs)
     returns = {"eval": evaluate(agent, envs), "train": evaluate(agent, envs, act_in_train_mode)}
-    recalibrate(agent, obs, args.bn_recalibrate)
     if args.bn_recalibrate:
+        recalibrate(agent, obs, args.bn_recalibrate)
         returns["recalibrated"] = evaluate(agent, envs)
     envs.close()
     for name, values in returns.items():
@@ -907,7 +908,7 @@ def train(args, stop=()):
         writer.add_scalar("norm/first_ratio", first_ratio, step)  # NORM report: 0 is right
         for name, value in losses.items():
             writer.add_scalar(f"losses/{name}", value, step)
-        panel = norm_scalars(agent, rollout, batch.obs)  # NORM report: on copies
+        panel = norm_scalars(agent, rollout, batch.obs)  # NORM report: changes nothing
         for name, value in panel.items():  # NORM report: the normalization panel
             writer.add_scalar(f"norm/{name}", value, step)  # NORM report: see norm_scalars
         returns, lengths = map(np.concatenate, zip(*episodes, strict=True))

@@ -10,8 +10,8 @@ Run:
       --no-target-network  # NORM flag: both halves of the joint pass come from one network
       --norm batchrenorm --norm-position input post --bn-momentum 0.01  # NORM flag: CrossQ's layers
       --adam-beta1 0.5 --policy-delay 3 --critic-hidden-sizes 2048 2048  # NORM flag: CrossQ
-  Renormalization begins at a layer's 100000th training pass: until then  # NORM flag: --bn-warmup
-  CrossQ is plain batch norm, in the delayed actor for 300000 updates.  # NORM flag: --bn-warmup
+  Renormalization begins after a layer's 100000th training pass: until then  # NORM flag: warm-up
+  CrossQ is plain batch norm, in the delayed actor for 300000 updates.  # NORM flag: warm-up
 
 Implementation details, sections and equations of the paper (arXiv 1812.05905) unless said:
   (1) Replay of raw transitions, sampled uniformly (Algorithm 1).
@@ -22,8 +22,8 @@ Implementation details, sections and equations of the paper (arXiv 1812.05905) u
   (6) Actor: descends alpha log pi(a|s) - min Q(s, a), reparameterized (Eq. 9).
   (7) Target networks follow slowly, at every update (Algorithm 1).
   (8) Temperature: descends -alpha (log pi(a|s) + target entropy) (Eq. 18).
-  (9) Actions are a tanh of a Gaussian, scaled to the environment's bounds; the log-probability
-      carries both (Appendix C).
+  (9) Actions are a tanh of a Gaussian (Appendix C), scaled to the environment's bounds; the
+      log-probability carries both, so that entropy is in the environment's units.
 
                  paper, Appendix D                  here
   learning rate  3e-4 all                           1e-3 all (the SAC beside CrossQ)
@@ -35,8 +35,6 @@ Implementation details, sections and equations of the paper (arXiv 1812.05905) u
 
 import contextlib
 import copy
-import functools
-import importlib.metadata
 import io
 import itertools
 import json
@@ -56,6 +54,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -340,11 +339,10 @@ def make_agent(env, args, device):
     agent.temperature = Temperature().to(device)
     default = -float(action_space.shape[0])
     agent.target_entropy = default if args.target_entropy is None else args.target_entropy
-    adam = functools.partial(torch.optim.Adam, fused=True)
     betas = args.adam_beta1, 0.999
-    agent.actor_optimizer = adam(actor.parameters(), args.actor_lr, betas)
-    agent.critic_optimizer = adam(critic.parameters(), args.critic_lr, betas)
-    agent.alpha_optimizer = adam(agent.temperature.parameters(), args.alpha_lr)
+    agent.actor_optimizer = Adam(actor.parameters(), args.actor_lr, betas, fused=True)
+    agent.critic_optimizer = Adam(critic.parameters(), args.critic_lr, betas, fused=True)
+    agent.alpha_optimizer = Adam(agent.temperature.parameters(), args.alpha_lr, fused=True)
     agent.obs_stat = RunningStat(obs_dim)  # NORM obs: every run counts the states it meets
     agent.obs_filter = make_filter(agent.obs_stat, args)  # NORM obs: for most --norm the identity
     return agent
@@ -480,8 +478,8 @@ def actor_loss(agent, batch, args):
     """Return the mean of alpha log pi(a|s) - min Q(s, a), a ~ pi (6), and log pi(a|s), (n,)."""
     agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
     # NORM begin: mode: on this line hangs most of "batch norm fails in off-policy RL"
-    # In train mode each feature's mean over the batch is beta, whatever pi does, and each critic's
-    # mean Q is w beta + b. Of Q only the choice of the smaller critic leaves a gradient.
+    # In train mode each feature's mean over the batch is beta, whatever pi does. With that layer
+    # last before the output, mean Q = w beta + b: only the choice of the smaller Q has a gradient.
     agent.critic.train(args.bn_policy_critic == "train")
     # NORM end
     action, log_prob = agent.actor.sample(batch.obs)
@@ -594,7 +592,8 @@ def probe(net, *inputs):
 def norm_scalars(agent, batch):
     """Return {name: value} of the normalization panel, from the last training batch:
 
-    train_eval_gap_policy, _q, stat_lag and dead_units: see `probe`, means over layers.
+    train_eval_gap_policy, _q, stat_lag and dead_units: see `probe`, means over layers, on the
+    batch's (s, a); what else passed the critic in train mode moved its statistics too.
     actor_grad: norm of the actor's gradient in the last update.
     saturation: share of the components of mu(s) in the outermost 1 % at either bound.
     """
@@ -614,8 +613,10 @@ def norm_scalars(agent, batch):
 
 @torch.no_grad()
 def q_bias(agent, episodes, gamma):
-    """Return mean and std over states of (Q(s, a) - G) / max(|G|, 10), the form of REDQ.
+    """Return mean and std over states of (Q(s, a) - G) / max(|G|, 10), after REDQ.
 
+    Here actions are the policy's means, in REDQ they are drawn: where noise costs reward, Q, which
+    is of the noisy policy, lies below G without any error.
     G is the discounted return that followed, with alpha times the entropy of all later actions,
     one draw for each; Q is the mean of the two. Where a time-out cut an episode, the states are
     left out that have more than 1 % of G's weight behind the cut; {} if none remains.
@@ -624,7 +625,7 @@ def q_bias(agent, episodes, gamma):
     for obs, action, reward, terminated in episodes:
         inputs = agent.obs_filter(obs, update=False), action
         inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
-        with torch.random.fork_rng():  # evaluation leaves the random numbers of training alone
+        with torch.random.fork_rng([0] if agent.device == "cuda" else []):  # training keeps its own
             _, log_prob = agent.actor.eval().sample(inputs[0])
         bonus = -(agent.temperature() * log_prob).cpu().numpy()
         later = reward + gamma * np.append(bonus[1:], 0)
@@ -663,7 +664,8 @@ def save_run(run_dir, agent, buffer, generators, progress, writer):
 
     state = {part: getattr(agent, part).state_dict() for part in PARTS}
     state |= {"buffer": buffer.state_dict(), "progress": progress, "torch": torch.get_rng_state()}
-    state |= {"env": agent.env, "cuda": torch.cuda.get_rng_state_all()}
+    cuda = [torch.cuda.get_rng_state()] if agent.device == "cuda" else []
+    state |= {"env": agent.env, "cuda": cuda}
     state["generators"] = [generator.bit_generator.state for generator in generators]
     # NORM begin: save: a policy is worth nothing without the statistics that it learnt with
     for name, stat in (("obs_stat", agent.obs_stat), ("obs_filter", agent.obs_filter.stat)):
@@ -711,8 +713,8 @@ def make_run_dir(args):
     """Make and return the folder of a new run; no two runs get the same."""
     name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     # NORM begin: flag: the name of a run says how it is normalized
-    changed = changed_norm_options(args) | {"norm_position": "+".join(args.norm_position)}
-    words = [f"{key}={changed[key]}" for key in changed if changed[key] and key != "norm_stats"]
+    changed = changed_norm_options(replace(args, norm_stats=""))
+    words = [f"{k}={'+'.join(v) if k == 'norm_position' else v}" for k, v in changed.items()]
     name = "-".join([args.norm, *words, name])
     # NORM end
     run_dir = Path(args.run_dir or Path("runs") / args.env / Path(__file__).stem / name)
@@ -745,7 +747,8 @@ def open_run(args):
 def describe_run(run_dir, args):
     """Write args.json, with options and versions; the run is not finished, so has no result."""
     (run_dir / "result.json").unlink(missing_ok=True)
-    versions = {x: importlib.metadata.version(x) for x in ("torch", "gymnasium", "mujoco", "numpy")}
+    names = "torch", "gymnasium", "mujoco", "numpy"  # mujoco only where the environment uses it
+    versions = {x: sys.modules[x].__version__ for x in names if x in sys.modules}
     about = {"script": Path(__file__).stem, "args": asdict(replace(args, resume=""))}
     text = json.dumps(about | {"versions": versions}, indent=2)
     write(run_dir / "args.json", lambda file: file.write(text.encode()))
@@ -757,7 +760,7 @@ def describe_run(run_dir, args):
 class Checked(gym.Wrapper):
     """Keeps actions to their bounds, and plays a death that pays NaN where float32 cannot go on:
 
-    after an observation of 1e18 or more, whose square it cannot hold, a reward of 1e38, or NaN.
+    after an observation of 1e18 or more, whose square nears its limit, a reward of 1e38, or NaN.
     """
 
     def reset(self, **options):
@@ -889,7 +892,7 @@ def train(args, stop=()):
             writer.add_scalar("charts/SPS", (step - start_step) / (time.time() - start_time), step)
             for name, value in losses.items():
                 writer.add_scalar(f"losses/{name}", value, step)
-            for name, value in norm_scalars(agent, batch).items():  # NORM report: on copies
+            for name, value in norm_scalars(agent, batch).items():  # NORM report: changes nothing
                 writer.add_scalar(f"norm/{name}", value, step)  # NORM report: see norm_scalars
         if args.eval_every and step % args.eval_every == 0 and step < args.total_steps:
             evaluations.append(report_evaluation(agent, eval_env, args, step, writer, bar))

@@ -204,6 +204,8 @@ def test_runs_of_the_same_second_do_not_collide(small, tmp_path, monkeypatch):
     assert len(set(names)) == 3 and all(name.is_dir() for name in names)
     name = "batchnorm-norm_position=input+pre-seed1-20260101-000000"
     assert names[0] == Path("runs/Pendulum-v1/ddpg_bn") / name
+    args.norm_position, args.bn_momentum = (), 0.0  # zero is a choice too
+    assert ddpg_bn.make_run_dir(args).name == "batchnorm-bn_momentum=0.0-seed1-20260101-000000"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
