@@ -242,8 +242,8 @@ def table(rows):
 def shares(args):
     """Print which part of a run, evaluated and logged by default, is neither acting nor learning.
 
-    PPO runs for 50 thousand steps, the others for 10 thousand updates: each is evaluated once
-    (the final evaluation is an extra one and does not count).
+    Each is evaluated once, after eval_every steps (the final evaluation does not count), and runs a
+    little longer; the share is that of a run without end.
     """
     print("| script | `--norm` | evaluation | diagnostics of the panel |\n|---|---|---|---|")
     for name, norm in itertools.product(args.script, ("none", "batchnorm")):
@@ -254,8 +254,10 @@ def shares(args):
         with stopwatch(script, "update", "evaluate", "norm_scalars") as times:
             run(script, env=args.env[0], norm=norm, **options)
         seconds = {key: [end - start for start, end in x] for key, x in times.items()}
-        wall = times["update"][-1][1] - times["update"][0][0]
-        evaluation, panel = seconds["evaluate"][0] / wall, sum(seconds["norm_scalars"]) / wall
+        timed = len(times["update"]) * (A_ROLLOUT if name == "ppo_bn" else 1)
+        wall, playing = times["update"][-1][1] - times["update"][0][0], seconds["evaluate"][0]
+        between = (wall - playing) * script.Args.eval_every / timed  # two evaluations
+        evaluation, panel = playing / (between + playing), sum(seconds["norm_scalars"]) / wall
         print(f"| `{name}.py` | {norm} | {evaluation:.1%} | {panel:.2%} |")
 
 

@@ -31,6 +31,10 @@ class Cell(NamedTuple):
     seeds: int  # 1, 2, ... so many
     options: str  # {name}: obs_stats.npz of the run of that cell of the family, same env and seed
 
+    def within(self, *envs):
+        """Return the cell, of these environments only."""
+        return self._replace(envs=tuple(env for env in self.envs if env in envs))
+
     def runs(self):
         return [Run(self, env, seed) for env in self.envs for seed in range(1, self.seeds + 1)]
 
@@ -73,9 +77,13 @@ def load(file=CLAIMS):
 
 
 def cells_of(claim, cells):
-    """Return the names of the cells that a claim compares."""
-    words = " ".join(claim["compare"] + claim.get("also", [])).split()
-    return [name for name in dict.fromkeys(words) if name in cells]
+    """Return {name: Cell} of what a claim compares, within the environments that its rules name."""
+    envs = {}
+    for rule in claim["compare"] + claim.get("also", []):
+        left, _, right, *where = rule.split()
+        for name in (x for x in (left, right) if x in cells):
+            envs.setdefault(name, set()).update(where[1:] or cells[name].envs)
+    return {name: cells[name].within(*envs[name]) for name in envs}
 
 
 def plain(args):

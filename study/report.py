@@ -129,10 +129,7 @@ PICTURES = {
         True,
     ),
     "crossq": Picture(
-        {
-            "sac-plain": "SAC",
-            "sac-plain-crossq": "CrossQ (with critics 512 wide, β₁ 0.5, policy delay 3)",
-        },
+        {"sac-plain": "SAC", "sac-plain-crossq": "CrossQ (with critics 512 wide, not 2048)"},
         HALF_CHEETAH,
         ("eval/return", "norm/q_bias"),
         True,
@@ -274,9 +271,9 @@ def compare(data, known, claim, rule):
     return found
 
 
-def onset(rows, scalar):
-    """Return the first step at which a scalar is past half of its final change."""
-    steps, x = points(rows, scalar)
+def onset(rows, scalar, scalars):
+    """Return the first step at which one of scalars is past half of its change since all began."""
+    steps, x = points([row for row in rows if all(row[name] for name in scalars)], scalar)
     if not len(x):
         return float("nan")
     return steps[np.argmax((x - x[0]) / (x[-1] - x[0] or 1) >= 0.5)]
@@ -405,7 +402,7 @@ def mechanism(data, known, labels, envs, scalars, file, has_onsets):
             steps, x = points(data[name, env][1], scalar)
             ax.plot(steps / 1000, x, color=color(known[name]), linewidth=2, label=label)
         first = next(iter(labels))
-        at = onset(data[first, env][1], scalar) / 1000
+        at = onset(data[first, env][1], scalar, scalars) / 1000
         if has_onsets:
             ax.axvline(at, color=color(known[first]), linestyle=":")
             ax.annotate(f" onset {at:.0f}", (at, 1), xycoords=("data", "axes fraction"), va="top")
@@ -427,13 +424,10 @@ def table(head, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def missing(data, known, names):
-    """Return {cell: number of its runs that are missing}."""
-    return {
-        name: n
-        for name in names
-        if (n := sum(run.seed not in data.get((name, run.env), {}) for run in known[name].runs()))
-    }
+def missing(data, of):
+    """Return {name: number of missing runs} of the cells that lack some."""
+    found = {x.name: sum(r.seed not in data.get((x.name, r.env), {}) for r in x.runs()) for x in of}
+    return {name: n for name, n in found.items() if n}
 
 
 def final_table(data, known, picture):
@@ -478,7 +472,8 @@ def summary_table(data, known):
         shown = []
         for family, env in columns:
             cells_of_row = [f"{family}-{name}" for name in names.split()]
-            found = [x for x in cells_of_row if x in known and not missing(data, known, [x])]
+            found = [x for x in cells_of_row if x in known]
+            found = [x for x in found if not missing(data, [known[x].within(env)])]
             shown.append(with_interval(values(data, found[0], env, LAST)) if found else "")
         rows.append([words, *shown])
     head = [f"`{family}_bn.py`, {env}" for family, env in columns]
@@ -519,13 +514,13 @@ def why(known, claim, c):
 
 def claim_page(data, known, claim, figures):
     """Return (a claim's part of CLAIMS.md, its row of the summary); draw it if figures is given."""
-    name, names = claim["id"], cells.cells_of(claim, known)
-    lines = ["```bash", f"python -m study.run {name}", *(command(known[x]) for x in names), "```"]
+    name, known = claim["id"], cells.cells_of(claim, known)
+    lines = ["```bash", f"python -m study.run {name}", *map(command, known.values()), "```"]
     commands = "\n".join(lines) + "\n"
     parts = [f"## {name}. {claim['says']}", f"Said by: {claim['source']}."]
     row = [f"{name}: {claim['says']}", claim["source"]]
-    if gone := missing(data, known, names):
-        total = sum(len(known[x].runs()) for x in names)
+    if gone := missing(data, known.values()):
+        total = sum(len(cell.runs()) for cell in known.values())
         words = f"{sum(gone.values())} of {total} runs are missing"
         listed = ", ".join(f"`{x}` ({n})" for x, n in gone.items())
         page = "\n\n".join([*parts, f"**{words}**: {listed}.", commands])
@@ -536,7 +531,7 @@ def claim_page(data, known, claim, figures):
     comparisons = [c for rule in rules for c in compare(data, known, claim, rule)]
     verdict, decisive = verdict_of(claim, comparisons)
     if figures:
-        draw_claim(data, known, claim, names, figures / f"{name}.svg")
+        draw_claim(data, known, claim, figures / f"{name}.svg")
     rows = []
     for c in comparisons:
         difference = f"{number(c.left - c.right)} ({number(c.low)} to {number(c.high)})"
@@ -547,17 +542,17 @@ def claim_page(data, known, claim, figures):
     metric += f", on the right {claim['against']}." if "against" in claim else "."
     notes = [f"Note after the runs: {claim['note']}"] if "note" in claim else []
     parts += [metric, *notes, f"![{name}](figures/{name}.svg)", table(head, rows)]
-    parts += [seeds_table(data, known, claim, names), *onsets(data, known, claim), commands]
+    parts += [seeds_table(data, known, claim), *onsets(data, known, claim), commands]
     reason = ". ".join([why(known, claim, decisive), *notes])
     row += [verdict, f"[figure](study/figures/{name}.svg)", reason]
     return "\n\n".join(parts), row
 
 
-def seeds_table(data, known, claim, names):
+def seeds_table(data, known, claim):
     """Return the table of a claim's metric in each cell and environment."""
     rows = []
-    for name in names:
-        for env in known[name].envs:
+    for name, cell in known.items():
+        for env in cell.envs:
             diverged = sum(run[-1]["diverged"] == "1" for run in data[name, env].values())
             for metric in filter(None, (claim["metric"], claim.get("against"))):
                 x = values(data, name, env, metric)
@@ -574,30 +569,32 @@ def order_of(claim):
 
 def onsets(data, known, claim):
     """Return what says when each scalar of a claim's order of onset began, if it asks for it."""
-    cell, rows = known[claim["compare"][0].split()[0]], []
-    for env, scalar in itertools.product(cell.envs, order_of(claim)):
-        steps = [onset(run, scalar) for _, run in sorted(data[cell.name, env].items())]
+    cell, order, rows = known[claim["compare"][0].split()[0]], order_of(claim), []
+    for env, scalar in itertools.product(cell.envs, order):
+        steps = [onset(run, scalar, order) for _, run in sorted(data[cell.name, env].items())]
         rows.append([env, scalar, ", ".join(map(number, steps))])
-    words = f"Onset in `{cell.name}`: the first evaluation past half of the final change."
+    words = f"Onset in `{cell.name}`: the first evaluation past half of the change from the first "
+    words += "evaluation at which all are known; it means nothing where a scalar hardly changed."
     head = "environment", "scalar", "step, each seed"
     return [words, table(head, rows)] if rows else []
 
 
-def draw_claim(data, known, claim, names, file):
+def draw_claim(data, known, claim, file):
     """Draw what a claim is about: curves, the modes of one policy, or an order of onset."""
     metric, against = claim["metric"], claim.get("against")
+    labels = {name: name for name in known}
     if order := order_of(claim):
-        labels = dict(zip(names, names, strict=True))
-        return mechanism(data, known, labels, known[names[0]].envs, order, file, True)
+        envs = known[claim["compare"][0].split()[0]].envs
+        return mechanism(data, known, labels, envs, order, file, True)
     if against:
         sides = {words: mode for words, mode in MODES.items() if mode[0] in (metric, against)}
-        rows = {name: modes(data, known, name, sides) for name in names}
+        rows = {name: modes(data, known, name, sides) for name in known}
         return dots(rows, "return (sum of rewards)", file)
-    scalar, scripts = metric.split()[0], {name: known[name].script for name in names}
-    panels = {(scripts[name], env, scalar): 0 for name in names for env in known[name].envs}
+    scalar = metric.split()[0]
+    panels = {(cell.script, env, scalar): 0 for cell in known.values() for env in cell.envs}
     sides = [rule.split()[2] for rule in claim["compare"]]
     levels = [float(side) for side in sides if side not in known]
-    draw(data, known, list(panels), dict(zip(names, names, strict=True)), file, levels)
+    draw(data, known, list(panels), labels, file, levels)
 
 
 def modes(data, known, name, sides=MODES):
@@ -634,7 +631,7 @@ def make(data, known, claims, figures):
     blocks = {"plain": plain_table(data, known)}
     for name, picture in PICTURES.items():
         labels, env, scalars, has_table = picture
-        if missing(data, known, labels):
+        if missing(data, [known[cell].within(env) for cell in labels]):
             blocks[name] = not_made(labels)
             continue
         words = " and ".join(UNITS[scalar].split(" (")[0] for scalar in scalars)
@@ -649,13 +646,13 @@ def make(data, known, claims, figures):
     words = {"batchnorm": "batchnorm", "eval-policy-critic": f"batchnorm, {REPAIRED}"}
     labels = {f"ddpg-{name}": label for name, label in words.items()}
     blocks["mechanism"] = not_made(labels)
-    if not missing(data, known, labels):
+    if not missing(data, [known[cell] for cell in labels]):
         words = "Gradient, saturation, lag of statistics, bias of Q and return of two runs"
         blocks["mechanism"] = f"![{words}](study/figures/mechanism.svg)"
         if figures:
             file = figures / "mechanism.svg"
             mechanism(data, known, labels, (HALF_CHEETAH, HOPPER), MECHANISM, file, False)
-    done = {words: name for words, name in FORUM.items() if not missing(data, known, [name])}
+    done = {words: name for words, name in FORUM.items() if not missing(data, [known[name]])}
     blocks["forum"] = not_made([f"F{k}" for k in range(1, 7)])
     if done:
         picture = "![Returns of one policy in three modes](study/figures/forum.svg)"
@@ -668,7 +665,13 @@ def make(data, known, claims, figures):
     pages, rows = zip(
         *(claim_page(data, known, claim, figures) for claim in claims.values()), strict=True
     )
-    blocks["claims"] = table(["claim", "who says it", "verdict", "figure", "why"], rows)
+    judged, open_yet = ([row for row in rows if bool(row[3]) == x] for x in (True, False))
+    blocks["claims"] = table(["claim", "who says it", "verdict", "figure", "why"], judged)
+    if open_yet:
+        words = ", ".join(
+            f"{row[0].split(':')[0]} ({row[4].split(' runs')[0]})" for row in open_yet
+        )
+        blocks["claims"] += f"\n\nNo verdict yet, since runs are missing: {words}."
     return blocks, "\n".join([HEAD, *pages])
 
 

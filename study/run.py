@@ -216,13 +216,13 @@ class Screen:
 def choose(args):
     """Return the runs that are to be made, and all cells."""
     claims, known = cells.load(args.file)
-    names = []
+    chosen = []
     for name in args.names or known:
         if name not in claims and name not in known:
             fail(f"{name} is no claim ({', '.join(claims)}) and no cell of {args.file}")
-        names += cells.cells_of(claims[name], known) if name in claims else [name]
-    runs = [run for name in dict.fromkeys(names) for run in known[name].runs()]
-    return [run for run in runs if not (args.results / f"{run.path()}.csv").exists()], known
+        chosen += cells.cells_of(claims[name], known).values() if name in claims else [known[name]]
+    runs = {str(run.path()): run for cell in chosen for run in cell.runs()}
+    return [run for name, run in runs.items() if not (args.results / f"{name}.csv").exists()], known
 
 
 def main(args):

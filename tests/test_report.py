@@ -93,10 +93,25 @@ def test_a_run_that_diverged_counts_with_its_last_evaluation(root):
     assert report.values(data, "ddpg-none", "Hopper-v4", "eval/return mean")[0] == 102.5
 
 
-def test_the_onset_is_past_half_of_the_final_change():
-    x = [1.0, 1.0, 0.0, -1.0, -3.0, -2.0]
-    rows = [{"step": 10 * k, "x": v} for k, v in enumerate(x, 1)]
-    assert report.onset(rows, "x") == 40
+def test_the_onset_is_past_half_of_the_change_since_all_are_known():
+    x = ["100", "1", "1", "0", "-1", "-3", "-2"]
+    rows = [{"step": 10 * k, "x": v, "y": "1" if k else ""} for k, v in enumerate(x)]
+    assert report.onset(rows, "x", ("x", "y")) == 40
+    assert report.onset(rows, "x", ("x",)) == 10
+
+
+def test_a_rule_of_one_environment_waits_for_no_other(root):
+    known = cells.load()[1]
+    claim = CLAIM | {"compare": ["ddpg-none > ddpg-zfilter in Hopper-v4"], "also": []}
+    asked = cells.cells_of(claim, known)
+    assert [cell.envs for cell in asked.values()] == [("Hopper-v4",)] * 2
+    for file in (root / "study/results").glob("*/HalfCheetah*"):
+        file.unlink()
+    data = report.read(root / "study/results")
+    assert report.missing(data, asked.values()) == {}
+    assert report.missing(data, [known["ddpg-none"]]) == {"ddpg-none": 3}
+    claim["also"] = ["ddpg-none > 90"]
+    assert cells.cells_of(claim, known)["ddpg-none"].envs == ("HalfCheetah-v4", "Hopper-v4")
 
 
 def test_one_run_has_no_interval():
