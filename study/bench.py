@@ -42,7 +42,7 @@ from study.run import version
 NORMS = "none", "batchnorm", "batchrenorm", "layernorm", "zfilter"
 LIBRARIES = "stable_baselines3", "sbx"
 PACKAGES = "torch", "gymnasium", "mujoco", "numpy", "stable-baselines3", "sbx-rl", "jax"
-SPEED = Path(__file__).parent / "speed"  # what was measured, a file for each number of threads
+SPEED = Path(__file__).parent / "speed"  # what was measured
 A_ROLLOUT = 16 * 128  # PPO's steps between two updates
 GRADIENT_STEPS = 10 * 32  # PPO's in an update
 
@@ -210,7 +210,9 @@ def speed(args):
                 sps, ms = (f"{x:.5g}" for x in result)
                 rows.append(about | what | {"steps_per_s": sps, "ms_per_update": ms})
     print(file=sys.stderr)
-    write(SPEED / f"{args.threads}-threads.csv", rows, tuple(rows[0]))
+    for env in args.env:
+        file = SPEED / f"{env}-{args.threads}-threads.csv"
+        write(file, [row for row in rows if row["env"] == env], tuple(rows[0]))
     print(table(rows))
 
 
