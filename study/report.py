@@ -119,10 +119,11 @@ PICTURES = {
     ),
     "joint": Picture(
         {
+            "ddpg-none": "none",
             "ddpg-eval-policy-critic": f"batchnorm, {REPAIRED}",
-            "ddpg-target-train": f"batchnorm, {REPAIRED} --bn-target train",
+            "ddpg-target-train": "the same, --bn-target train",
             "ddpg-joint": f"batchnorm, {REPAIRED} --bn-joint",
-            "ddpg-crossnorm": f"batchnorm, {REPAIRED} --bn-joint --no-target-network",
+            "ddpg-crossnorm": "the same, --no-target-network",
         },
         HOPPER,
         ("eval/return", "norm/q_bias"),
