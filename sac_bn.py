@@ -456,7 +456,7 @@ def q_values(agent, batch, next_action, args):
         return q, q_next.detach()
     # NORM end
     with torch.no_grad():
-        agent.critic_target.train(args.bn_target == "train")  # NORM mode: --bn-target
+        agent.critic_target.train(args.bn_target == "train")  # NORM mode: in eval Q may run away
         q_next = agent.critic_target(batch.next_obs, next_action)
     agent.critic.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
     return agent.critic(batch.obs, batch.action), q_next
