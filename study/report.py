@@ -121,9 +121,9 @@ PICTURES = {
         {
             "ddpg-none": "none",
             "ddpg-eval-policy-critic": f"batchnorm, {REPAIRED}",
-            "ddpg-target-train": "the same, --bn-target train",
-            "ddpg-joint": f"batchnorm, {REPAIRED} --bn-joint",
-            "ddpg-crossnorm": "the same, --no-target-network",
+            "ddpg-target-train": "+ --bn-target train",
+            "ddpg-joint": "+ --bn-joint",
+            "ddpg-crossnorm": "+ --bn-joint --no-target-network",
         },
         HOPPER,
         ("eval/return", "norm/q_bias"),
@@ -157,9 +157,9 @@ SUMMARY = {  # words: cell of each family, where it has one
     "batchnorm: act eval, learn train": "eval-train",
     "batchnorm: act train, learn train": "train-train",
     f"batchnorm, {REPAIRED}": "eval-policy-critic",
-    "the same, --bn-target train": "target-train",
-    f"batchnorm, {REPAIRED} --bn-joint": "joint",
-    "the same, --no-target-network": "no-target crossnorm",
+    "+ --bn-target train": "target-train",
+    "+ --bn-joint": "joint",
+    "+ --bn-joint --no-target-network": "no-target crossnorm",
     "CrossQ": "crossq",
 }
 MECHANISM = "norm/actor_grad", "norm/saturation", "norm/stat_lag", "norm/q_bias", "eval/return"
