@@ -669,10 +669,8 @@ def make(data, known, claims, figures):
     judged, open_yet = ([row for row in rows if bool(row[3]) == x] for x in (True, False))
     blocks["claims"] = table(["claim", "who says it", "verdict", "figure", "why"], judged)
     if open_yet:
-        words = ", ".join(
-            f"{row[0].split(':')[0]} ({row[4].split(' runs')[0]})" for row in open_yet
-        )
-        blocks["claims"] += f"\n\nNo verdict yet, since runs are missing: {words}."
+        words = ", ".join(f"{row[0].split(':')[0]} {row[4].split(' runs')[0]}" for row in open_yet)
+        blocks["claims"] += f"\n\nNo verdict yet, since of their runs are missing: {words}."
     return blocks, "\n".join([HEAD, *pages])
 
 

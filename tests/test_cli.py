@@ -392,3 +392,8 @@ def test_the_table_of_markers_in_the_readme_is_true(script):
         column = [cell.strip(" `") for cell in header.split("|")].index(f"{script}.py")
         row = next(x for x in readme.splitlines() if x.startswith(f"| `{kind}` |"))
         assert int(row.split("|")[column]) == count, (kind, count)
+
+
+def test_the_function_that_the_readme_shows_stands_in_the_script():
+    (shown,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown.startswith("def actor_loss") and shown in (ROOT / "ddpg_bn.py").read_text()
