@@ -143,10 +143,8 @@ def parse(**default):
 # NORM begin: flag: what was asked for beyond --norm
 def changed_norm_options(args):
     """Return {name: value} of the options of normalization that are not at their defaults."""
-    options = {
-        k: v for k, v in asdict(args).items() if k.startswith(("norm_", "bn_", "reward_norm"))
-    }
-    return {k: v for k, v in options.items() if v != getattr(Args, k)}
+    names = [k for k in vars(args) if k.startswith(("norm_", "bn_", "reward_norm"))]
+    return {k: getattr(args, k) for k in names if getattr(args, k) != getattr(Args, k)}
 
 
 # NORM end
@@ -327,11 +325,7 @@ def make_filter(obs_stat, args):
         obs_filter.stat = obs_stat
     if args.norm == "fixed" and not args.resume:
         try:
-            env = obs_filter.load(args.norm_stats).get("env", args.env)
-            if env != args.env:
-                raise ValueError(f"they are of {env}")
-            if obs_filter.stat.count < 2:
-                raise ValueError("they are of no observations yet")
+            obs_filter.stat.load(args.norm_stats, env=args.env)
         except Exception as error:
             fail(f"--norm-stats {args.norm_stats}: no statistics for --env {args.env} ({error})")
     return obs_filter
@@ -518,15 +512,15 @@ def probe(net, *inputs):
     """Run a copy of net on one batch. Returns three things:
 
     mean |train-mode output - eval-mode output|, in the output's units;
-    for each batch norm, |running mean - batch mean| / batch std, its mean over the features;
+    for each batch norm, its running mean before the pass, and the batch's mean and deviation;
     for each layer of ReLUs, the share that no sample activates (these two in train mode).
     """
-    net, lags, dead = copy.deepcopy(net), [], []
+    net, found, dead = copy.deepcopy(net), [], []
 
-    def measure_lag(layer, inputs):
+    def keep(layer, inputs):
         x = inputs[0].movedim(1, -1).flatten(0, -2)  # an image counts as many samples
         var, mean = torch.var_mean(x, 0, correction=0)
-        lags.append(((layer.running_mean - mean).abs() / (var + layer.eps).sqrt()).mean().item())
+        found.append((layer.running_mean.clone(), mean, (var + layer.eps).sqrt()))
 
     def count_dead(layer, inputs, output):
         dead.append((output <= 0).all(0).float().mean().item())
@@ -534,10 +528,10 @@ def probe(net, *inputs):
     eval_output = net.eval()(*inputs)
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            layer.register_forward_pre_hook(measure_lag)
+            layer.register_forward_pre_hook(keep)
         if isinstance(layer, nn.ReLU):
             layer.register_forward_hook(count_dead)
-    return (net.train()(*inputs) - eval_output).abs().mean().item(), lags, dead
+    return (net.train()(*inputs) - eval_output).abs().mean().item(), found, dead
 
 
 @torch.no_grad()
@@ -546,16 +540,17 @@ def norm_scalars(agent, batch):
 
     train_eval_gap_policy, _q, stat_lag and dead_units: see `probe`, means over layers, on the
     batch's (s, a); what else passed the critic in train mode moved its statistics too.
-    actor_grad: norm of the actor's gradient in the last update.
+    actor_grad: norm of the actor's gradient in the last update, as clipped.
     saturation: share of the components of mu(s) in the outermost 1 % at either bound.
     """
-    gap_policy, lags, dead = probe(agent.actor, batch.obs)
-    gap_q, more_lags, more_dead = probe(agent.critic, batch.obs, batch.action)
+    gap_policy, found, dead = probe(agent.actor, batch.obs)
+    gap_q, more, more_dead = probe(agent.critic, batch.obs, batch.action)
     grads = [p.grad.norm() for p in agent.actor.parameters() if p.grad is not None]
     action = (agent.actor.eval()(batch.obs) - agent.actor.action_bias) / agent.actor.action_scale
     scalars = {"train_eval_gap_policy": gap_policy, "train_eval_gap_q": gap_q}
-    if lags + more_lags:
-        scalars["stat_lag"] = np.mean(lags + more_lags)
+    lags = [((running - mean).abs() / std).mean().item() for running, mean, std in found + more]
+    if lags:
+        scalars["stat_lag"] = np.mean(lags)
     scalars["dead_units"] = np.mean(dead + more_dead)
     if grads:
         scalars["actor_grad"] = torch.stack(grads).norm().item()
@@ -584,7 +579,9 @@ def q_bias(agent, episodes, gamma):
 # NORM end
 # ------------------------------------------------------------------------------------- Checkpoint
 
-PARTS = "actor", "critic", "actor_target", "critic_target", "actor_optimizer", "critic_optimizer"
+PARTS = "actor", "critic", "actor_target", "critic_target", "buffer"
+PARTS += "actor_optimizer", "critic_optimizer"
+PARTS += "obs_stat", "obs_filter"  # NORM save: a policy is worth nothing without these
 
 
 def write(path, save):
@@ -599,7 +596,7 @@ def write(path, save):
         sys.exit(f"{path} is not written, what stood there stands: {error}")
 
 
-def save_run(run_dir, agent, buffer, generators, progress, writer):
+def save_run(run_dir, agent, generators, progress, writer):
     """Write all that a run needs to go on as if it had never stopped."""
 
     def save(file):
@@ -607,19 +604,16 @@ def save_run(run_dir, agent, buffer, generators, progress, writer):
         torch.save(state, file)
 
     state = {part: getattr(agent, part).state_dict() for part in PARTS}
-    state |= {"buffer": buffer.state_dict(), "progress": progress, "torch": torch.get_rng_state()}
     cuda = [torch.cuda.get_rng_state()] if agent.device == "cuda" else []
-    state |= {"env": agent.env, "cuda": cuda}
+    state |= {"env": agent.env, "progress": progress, "torch": torch.get_rng_state(), "cuda": cuda}
     state["generators"] = [generator.bit_generator.state for generator in generators]
-    # NORM begin: save: a policy is worth nothing without the statistics that it learnt with
-    for name, stat in (("obs_stat", agent.obs_stat), ("obs_filter", agent.obs_filter.stat)):
-        state[name] = {key: torch.from_numpy(value) for key, value in stat.state_dict().items()}
+    # NORM begin: save: for people, and for --norm fixed
     write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
     # NORM end
     write(run_dir / "checkpoint.pt", save)
 
 
-def load_run(run_dir, agent, buffer, generators):
+def load_run(run_dir, agent, generators):
     """Restore what `save_run` wrote and return its progress; nothing in the file is executed."""
     try:
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -627,13 +621,10 @@ def load_run(run_dir, agent, buffer, generators):
             raise ValueError(f"it is of {state['env']}")
         for part in PARTS:
             getattr(agent, part).load_state_dict(state[part])
-        buffer.load_state_dict(state["buffer"])
         torch.set_rng_state(state["torch"])
         torch.cuda.set_rng_state_all(state["cuda"])
         for generator, saved in zip(generators, state["generators"], strict=True):
             generator.bit_generator.state = saved
-        agent.obs_stat.load_state_dict(state["obs_stat"])  # NORM save: statistics come back
-        agent.obs_filter.stat.load_state_dict(state["obs_filter"])  # NORM save: with the weights
         step, updates, evaluations = state["progress"]
     except Exception as error:
         about = f"{type(error).__name__}: {error}"[:200]
@@ -743,7 +734,8 @@ def make_env(args):
         fail(f"--env {args.env} observes {obs_space}: choose one that observes a vector")
     if not is_scalable(action_space):
         fail(f"--env {args.env} acts in {action_space}: choose one with bounded continuous actions")
-    env = gym.wrappers.TransformObservation(env, np.float32, obs_space)  # as the replay keeps them
+    # a copy, since an environment may write its next observation into the same array
+    env = gym.wrappers.TransformObservation(env, lambda x: np.array(x, np.float32), obs_space)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -785,19 +777,19 @@ def train(args, stop=()):
     agent = make_agent(env, args, device)
     try:
         sizes = *env.observation_space.shape, *env.action_space.shape
-        buffer = ReplayBuffer(args.buffer_size, *sizes)
+        buffer = agent.buffer = ReplayBuffer(args.buffer_size, *sizes)
     except MemoryError as error:
         fail(f"--buffer-size {args.buffer_size} is too large: {error}")
     run_dir = open_run(args)
     step, updates, evaluations, diverged = 0, 0, [], False
     if args.resume:
-        step, updates, evaluations = load_run(run_dir, agent, buffer, generators)
+        step, updates, evaluations = load_run(run_dir, agent, generators)
         evaluations = [e for e in evaluations if e[0] < args.total_steps]  # the last is made anew
     describe_run(run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=step + 1 if args.resume else None)
     writer.add_custom_scalars(PANELS)  # NORM report: the normalization panel comes first
     if not args.resume:  # from now on a kill loses nothing that --resume cannot bring back
-        save_run(run_dir, agent, buffer, generators, (step, updates, evaluations), writer)
+        save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
     print(f"run: {run_dir}", flush=True)
 
     bar = tqdm(total=args.total_steps, initial=step, unit="step", smoothing=0.01, disable=None)
@@ -847,7 +839,7 @@ def train(args, stop=()):
             writer.add_scalar("charts/episodic_return", info["episode"]["r"], step)
             writer.add_scalar("charts/episodic_length", info["episode"]["l"], step)
             if step < args.total_steps and (step >= save_step or stop):
-                save_run(run_dir, agent, buffer, generators, (step, updates, evaluations), writer)
+                save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
                 save_step = step + args.save_every
             obs = None
             if stop:
@@ -862,7 +854,7 @@ def train(args, stop=()):
     elif step < args.total_steps:
         print(f"stopped at step {step}: --resume {run_dir} goes on")
     else:
-        save_run(run_dir, agent, buffer, generators, (step, updates, evaluations), writer)
+        save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
         print("final evaluation at step {}: return {:.1f} ± {:.1f}".format(*evaluations[-1]))
     bar.close()
     writer.close()

@@ -146,10 +146,8 @@ def parse(**default):
 # NORM begin: flag: what was asked for beyond --norm
 def changed_norm_options(args):
     """Return {name: value} of the options of normalization that are not at their defaults."""
-    options = {
-        k: v for k, v in asdict(args).items() if k.startswith(("norm_", "bn_", "reward_norm"))
-    }
-    return {k: v for k, v in options.items() if v != getattr(Args, k)}
+    names = [k for k in vars(args) if k.startswith(("norm_", "bn_", "reward_norm"))]
+    return {k: getattr(args, k) for k in names if getattr(args, k) != getattr(Args, k)}
 
 
 # NORM end
@@ -328,6 +326,7 @@ def make_agent(envs, args, device):
     agent.obs_stat = RunningStat(obs_shape)  # NORM obs: every run counts the states it meets
     agent.obs_filter = make_filter(agent.obs_stat, args)  # NORM obs: for most --norm the identity
     agent.reward_scale = RewardScale(args)  # NORM reward: for --reward-norm
+    agent.reward_stat = agent.reward_scale.stat  # NORM reward: which the checkpoint keeps
     return agent
 
 
@@ -343,11 +342,7 @@ def make_filter(obs_stat, args):
         obs_filter.stat = obs_stat
     if args.norm == "fixed" and not args.resume:
         try:
-            env = obs_filter.load(args.norm_stats).get("env", args.env)
-            if env != args.env:
-                raise ValueError(f"they are of {env}")
-            if obs_filter.stat.count < 2:
-                raise ValueError("they are of no observations yet")
+            obs_filter.stat.load(args.norm_stats, env=args.env)
         except Exception as error:
             fail(f"--norm-stats {args.norm_stats}: no statistics for --env {args.env} ({error})")
     return obs_filter
@@ -540,15 +535,15 @@ def probe(net, *inputs):
     """Run a copy of net on one batch. Returns three things:
 
     mean |train-mode output - eval-mode output|, in the output's units;
-    for each batch norm, |running mean - batch mean| / batch std, its mean over the features;
+    for each batch norm, its running mean before the pass, and the batch's mean and deviation;
     for each layer of ReLUs, the share that no sample activates (these two in train mode).
     """
-    net, lags, dead = copy.deepcopy(net), [], []
+    net, found, dead = copy.deepcopy(net), [], []
 
-    def measure_lag(layer, inputs):
+    def keep(layer, inputs):
         x = inputs[0].movedim(1, -1).flatten(0, -2)  # an image counts as many samples
         var, mean = torch.var_mean(x, 0, correction=0)
-        lags.append(((layer.running_mean - mean).abs() / (var + layer.eps).sqrt()).mean().item())
+        found.append((layer.running_mean.clone(), mean, (var + layer.eps).sqrt()))
 
     def count_dead(layer, inputs, output):
         dead.append((output <= 0).all(0).float().mean().item())
@@ -556,26 +551,10 @@ def probe(net, *inputs):
     eval_output = net.eval()(*inputs)
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            layer.register_forward_pre_hook(measure_lag)
+            layer.register_forward_pre_hook(keep)
         if isinstance(layer, nn.ReLU):
             layer.register_forward_hook(count_dead)
-    return (net.train()(*inputs) - eval_output).abs().mean().item(), lags, dead
-
-
-@torch.no_grad()
-def batch_statistics(net, obs):
-    """Return [(mean, deviation), ...] over the batch, of what each batch norm of net normalizes."""
-    net, found = copy.deepcopy(net).train(), []
-
-    def keep(layer, inputs):
-        var, mean = torch.var_mean(inputs[0].movedim(1, -1).flatten(0, -2), 0, correction=0)
-        found.append((mean, (var + layer.eps).sqrt()))
-
-    for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            layer.register_forward_pre_hook(keep)
-    net(obs)
-    return found
+    return (net.train()(*inputs) - eval_output).abs().mean().item(), found, dead
 
 
 def moment_gap(net, moments, obs):
@@ -584,9 +563,9 @@ def moment_gap(net, moments, obs):
     |mean of the environments at a moment - mean of the batch obs| / deviation of the batch, mean
     over features, layers and moments, (T, n, *obs_shape). Chance alone makes it 0.8 / sqrt(n).
     """
-    learnt, gaps = batch_statistics(net, obs), []
+    learnt, gaps = probe(net, obs)[1], []
     for moment in moments:
-        for (acted, _), (mean, std) in zip(batch_statistics(net, moment), learnt, strict=True):
+        for (_, acted, _), (_, mean, std) in zip(probe(net, moment)[1], learnt, strict=True):
             gaps.append(((acted - mean).abs() / std).mean().item())
     return np.mean(gaps)
 
@@ -599,14 +578,15 @@ def norm_scalars(agent, rollout, obs):
     moment_gap: see there; of the actor, whether or not it acted in train mode.
     saturation: share of the components of the mean action in the outermost 1 % at either bound.
     """
-    gap_policy, lags, dead = probe(agent.actor.net, obs)
-    gap_v, more_lags, more_dead = probe(agent.critic.net, obs)
+    gap_policy, found, dead = probe(agent.actor.net, obs)
+    gap_v, more, more_dead = probe(agent.critic.net, obs)
     scalars = {"train_eval_gap_policy": gap_policy, "train_eval_gap_v": gap_v}
-    if lags + more_lags:
-        scalars["stat_lag"] = np.mean(lags + more_lags)
+    lags = [((running - mean).abs() / std).mean().item() for running, mean, std in found + more]
+    if lags:
+        scalars["stat_lag"] = np.mean(lags)
     if dead + more_dead:
         scalars["dead_units"] = np.mean(dead + more_dead)
-    if lags:
+    if found:
         moments = rollout.obs[:: len(rollout.obs) // 8 + 1]
         scalars["moment_gap"] = moment_gap(agent.actor.net, moments, obs)
     if not agent.actor.is_discrete:
@@ -633,6 +613,7 @@ def recalibrate(agent, obs, passes):
 # ------------------------------------------------------------------------------------- Checkpoint
 
 PARTS = "actor", "critic", "optimizer"
+PARTS += "obs_stat", "obs_filter", "reward_stat"  # NORM save: a policy needs its statistics
 
 
 def write(path, save):
@@ -655,14 +636,10 @@ def save_run(run_dir, agent, generators, progress, writer):
         torch.save(state, file)
 
     state = {part: getattr(agent, part).state_dict() for part in PARTS}
-    state |= {"progress": progress, "torch": torch.get_rng_state()}
     cuda = [torch.cuda.get_rng_state()] if agent.device == "cuda" else []
-    state |= {"env": agent.env, "cuda": cuda}
+    state |= {"env": agent.env, "progress": progress, "torch": torch.get_rng_state(), "cuda": cuda}
     state["generators"] = [generator.bit_generator.state for generator in generators]
-    # NORM begin: save: a policy is worth nothing without the statistics that it learnt with
-    stats = {"obs_stat": agent.obs_stat, "obs_filter": agent.obs_filter.stat}
-    for name, stat in (stats | {"reward_stat": agent.reward_scale.stat}).items():
-        state[name] = {key: torch.from_numpy(value) for key, value in stat.state_dict().items()}
+    # NORM begin: save: for people, and for --norm fixed
     write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
     # NORM end
     write(run_dir / "checkpoint.pt", save)
@@ -680,9 +657,6 @@ def load_run(run_dir, agent, generators):
         torch.cuda.set_rng_state_all(state["cuda"])
         for generator, saved in zip(generators, state["generators"], strict=True):
             generator.bit_generator.state = saved
-        agent.obs_stat.load_state_dict(state["obs_stat"])  # NORM save: statistics come back
-        agent.obs_filter.stat.load_state_dict(state["obs_filter"])  # NORM save: with the weights
-        agent.reward_scale.stat.load_state_dict(state["reward_stat"])  # NORM save: and rewards'
         step, updates, evaluations = state["progress"]
     except Exception as error:
         about = f"{type(error).__name__}: {error}"[:200]

@@ -156,10 +156,8 @@ def parse(**default):
 # NORM begin: flag: what was asked for beyond --norm
 def changed_norm_options(args):
     """Return {name: value} of the options of normalization that are not at their defaults."""
-    options = {
-        k: v for k, v in asdict(args).items() if k.startswith(("norm_", "bn_", "reward_norm"))
-    }
-    return {k: v for k, v in options.items() if v != getattr(Args, k)}
+    names = [k for k in vars(args) if k.startswith(("norm_", "bn_", "reward_norm"))]
+    return {k: getattr(args, k) for k in names if getattr(args, k) != getattr(Args, k)}
 
 
 # NORM end
@@ -318,17 +316,6 @@ class Critic(nn.Module):
         return torch.cat([net(x) for net in self.nets], dim=1)
 
 
-class Temperature(nn.Module):
-    """alpha, the price of a unit of entropy in rewards, kept positive by its logarithm (8)."""
-
-    def __init__(self):
-        super().__init__()
-        self.log_alpha = nn.Parameter(torch.zeros(()))
-
-    def forward(self):
-        return self.log_alpha.exp()
-
-
 def make_agent(env, args, device):
     """Return networks, their targets (copies, or the live ones themselves) and optimizers."""
     obs_dim, action_space = env.observation_space.shape[0], env.action_space
@@ -336,7 +323,8 @@ def make_agent(env, args, device):
     critic = Critic(obs_dim, action_space, args).to(device)
     agent = SimpleNamespace(actor=actor, critic=critic, device=device, env=args.env)
     agent.critic_target = copy.deepcopy(critic) if args.target_network else critic
-    agent.temperature = Temperature().to(device)
+    agent.temperature = nn.ParameterDict({"log_alpha": torch.zeros(())}).to(device)
+    agent.log_alpha = agent.temperature["log_alpha"]  # keeps alpha, in rewards, positive (8)
     default = -float(action_space.shape[0])
     agent.target_entropy = default if args.target_entropy is None else args.target_entropy
     betas = args.adam_beta1, 0.999
@@ -360,11 +348,7 @@ def make_filter(obs_stat, args):
         obs_filter.stat = obs_stat
     if args.norm == "fixed" and not args.resume:
         try:
-            env = obs_filter.load(args.norm_stats).get("env", args.env)
-            if env != args.env:
-                raise ValueError(f"they are of {env}")
-            if obs_filter.stat.count < 2:
-                raise ValueError("they are of no observations yet")
+            obs_filter.stat.load(args.norm_stats, env=args.env)
         except Exception as error:
             fail(f"--norm-stats {args.norm_stats}: no statistics for --env {args.env} ({error})")
     return obs_filter
@@ -425,21 +409,18 @@ class ReplayBuffer:
 
 
 @torch.no_grad()
-def act(agent, obs):
-    """Return the mean action, shape (action_dim,), for one observation, (obs_dim,) (3)."""
+def act(agent, obs, explores=False):
+    """Return the mean action or a ~ pi(a|s), (action_dim,), for one observation, (obs_dim,)."""
     obs = agent.obs_filter(obs, update=False)  # NORM obs: the policy sees what it learns from
     agent.actor.eval()  # NORM mode: one observation has no batch statistics
-    obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.device)
-    return agent.actor(obs.unsqueeze(0)).squeeze(0).cpu().numpy()
+    obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.device).unsqueeze(0)
+    action = agent.actor.sample(obs)[0] if explores else agent.actor(obs)
+    return action.squeeze(0).cpu().numpy()
 
 
-@torch.no_grad()
 def explore(agent, obs):
-    """Return a ~ pi(a|s), shape (action_dim,), for one observation, (obs_dim,) (3)."""
-    obs = agent.obs_filter(obs, update=False)  # NORM obs: the policy sees what it learns from
-    agent.actor.eval()  # NORM mode: one observation has no batch statistics
-    obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.device)
-    return agent.actor.sample(obs.unsqueeze(0))[0].squeeze(0).cpu().numpy()
+    """Return a ~ pi(a|s) (3)."""
+    return act(agent, obs, explores=True)
 
 
 def q_values(agent, batch, next_action, args):
@@ -467,7 +448,7 @@ def critic_loss(agent, batch, args):
     with torch.no_grad():
         agent.actor.eval()  # NORM mode: a' is not learnt from, so it leaves no trace in statistics
         next_action, next_log_prob = agent.actor.sample(batch.next_obs)
-        alpha = agent.temperature()
+        alpha = agent.log_alpha.exp()
     q, q_next = q_values(agent, batch, next_action, args)
     q_next = q_next.amin(1) - alpha * next_log_prob
     td_target = batch.reward + args.gamma * (1 - batch.terminated) * q_next  # (4), (5)
@@ -483,13 +464,13 @@ def actor_loss(agent, batch, args):
     agent.critic.train(args.bn_policy_critic == "train")
     # NORM end
     action, log_prob = agent.actor.sample(batch.obs)
-    alpha = agent.temperature().detach()
+    alpha = agent.log_alpha.exp().detach()
     return (alpha * log_prob - agent.critic(batch.obs, action).amin(1)).mean(), log_prob
 
 
 def alpha_loss(agent, log_prob):
     """Return the mean of -alpha (log pi(a|s) + target entropy) (8)."""
-    return -(agent.temperature() * (log_prob.detach() + agent.target_entropy)).mean()
+    return -(agent.log_alpha.exp() * (log_prob.detach() + agent.target_entropy)).mean()
 
 
 def gradient_step(optimizer, loss, max_grad_norm):
@@ -521,7 +502,7 @@ def update(agent, batch, updates, args):
         agent.critic.requires_grad_(True)
         gradient_step(agent.alpha_optimizer, alpha_loss(agent, log_prob), 0.0)
         losses |= {"actor": loss_pi.detach(), "entropy": -log_prob.detach().mean()}
-        losses["alpha"] = agent.temperature().detach()
+        losses["alpha"] = agent.log_alpha.exp().detach()
     if args.target_network:
         update_target(agent.critic_target, agent.critic, args.tau)
     return losses
@@ -566,15 +547,15 @@ def probe(net, *inputs):
     """Run a copy of net on one batch. Returns three things:
 
     mean |train-mode output - eval-mode output|, in the output's units;
-    for each batch norm, |running mean - batch mean| / batch std, its mean over the features;
+    for each batch norm, its running mean before the pass, and the batch's mean and deviation;
     for each layer of ReLUs, the share that no sample activates (these two in train mode).
     """
-    net, lags, dead = copy.deepcopy(net), [], []
+    net, found, dead = copy.deepcopy(net), [], []
 
-    def measure_lag(layer, inputs):
+    def keep(layer, inputs):
         x = inputs[0].movedim(1, -1).flatten(0, -2)  # an image counts as many samples
         var, mean = torch.var_mean(x, 0, correction=0)
-        lags.append(((layer.running_mean - mean).abs() / (var + layer.eps).sqrt()).mean().item())
+        found.append((layer.running_mean.clone(), mean, (var + layer.eps).sqrt()))
 
     def count_dead(layer, inputs, output):
         dead.append((output <= 0).all(0).float().mean().item())
@@ -582,10 +563,10 @@ def probe(net, *inputs):
     eval_output = net.eval()(*inputs)
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            layer.register_forward_pre_hook(measure_lag)
+            layer.register_forward_pre_hook(keep)
         if isinstance(layer, nn.ReLU):
             layer.register_forward_hook(count_dead)
-    return (net.train()(*inputs) - eval_output).abs().mean().item(), lags, dead
+    return (net.train()(*inputs) - eval_output).abs().mean().item(), found, dead
 
 
 @torch.no_grad()
@@ -594,16 +575,17 @@ def norm_scalars(agent, batch):
 
     train_eval_gap_policy, _q, stat_lag and dead_units: see `probe`, means over layers, on the
     batch's (s, a); what else passed the critic in train mode moved its statistics too.
-    actor_grad: norm of the actor's gradient in the last update.
+    actor_grad: norm of the actor's gradient in the last update, as clipped.
     saturation: share of the components of mu(s) in the outermost 1 % at either bound.
     """
-    gap_policy, lags, dead = probe(agent.actor, batch.obs)
-    gap_q, more_lags, more_dead = probe(agent.critic, batch.obs, batch.action)
+    gap_policy, found, dead = probe(agent.actor, batch.obs)
+    gap_q, more, more_dead = probe(agent.critic, batch.obs, batch.action)
     grads = [p.grad.norm() for p in agent.actor.parameters() if p.grad is not None]
     action = (agent.actor.eval()(batch.obs) - agent.actor.action_bias) / agent.actor.action_scale
     scalars = {"train_eval_gap_policy": gap_policy, "train_eval_gap_q": gap_q}
-    if lags + more_lags:
-        scalars["stat_lag"] = np.mean(lags + more_lags)
+    lags = [((running - mean).abs() / std).mean().item() for running, mean, std in found + more]
+    if lags:
+        scalars["stat_lag"] = np.mean(lags)
     scalars["dead_units"] = np.mean(dead + more_dead)
     if grads:
         scalars["actor_grad"] = torch.stack(grads).norm().item()
@@ -627,7 +609,7 @@ def q_bias(agent, episodes, gamma):
         inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
         with torch.random.fork_rng([0] if agent.device == "cuda" else []):  # training keeps its own
             _, log_prob = agent.actor.eval().sample(inputs[0])
-        bonus = -(agent.temperature() * log_prob).cpu().numpy()
+        bonus = -(agent.log_alpha.exp() * log_prob).cpu().numpy()
         later = reward + gamma * np.append(bonus[1:], 0)
         g = list(itertools.accumulate(later[::-1], lambda g, r: r + gamma * g))[::-1]
         n = len(g) if terminated else (gamma ** np.arange(len(g), 0, -1) <= 0.01).sum()
@@ -639,8 +621,9 @@ def q_bias(agent, episodes, gamma):
 # NORM end
 # ------------------------------------------------------------------------------------- Checkpoint
 
-PARTS = "actor", "critic", "critic_target", "temperature"
+PARTS = "actor", "critic", "critic_target", "temperature", "buffer"
 PARTS += "actor_optimizer", "critic_optimizer", "alpha_optimizer"
+PARTS += "obs_stat", "obs_filter"  # NORM save: a policy is worth nothing without these
 
 
 def write(path, save):
@@ -655,7 +638,7 @@ def write(path, save):
         sys.exit(f"{path} is not written, what stood there stands: {error}")
 
 
-def save_run(run_dir, agent, buffer, generators, progress, writer):
+def save_run(run_dir, agent, generators, progress, writer):
     """Write all that a run needs to go on as if it had never stopped."""
 
     def save(file):
@@ -663,19 +646,16 @@ def save_run(run_dir, agent, buffer, generators, progress, writer):
         torch.save(state, file)
 
     state = {part: getattr(agent, part).state_dict() for part in PARTS}
-    state |= {"buffer": buffer.state_dict(), "progress": progress, "torch": torch.get_rng_state()}
     cuda = [torch.cuda.get_rng_state()] if agent.device == "cuda" else []
-    state |= {"env": agent.env, "cuda": cuda}
+    state |= {"env": agent.env, "progress": progress, "torch": torch.get_rng_state(), "cuda": cuda}
     state["generators"] = [generator.bit_generator.state for generator in generators]
-    # NORM begin: save: a policy is worth nothing without the statistics that it learnt with
-    for name, stat in (("obs_stat", agent.obs_stat), ("obs_filter", agent.obs_filter.stat)):
-        state[name] = {key: torch.from_numpy(value) for key, value in stat.state_dict().items()}
+    # NORM begin: save: for people, and for --norm fixed
     write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
     # NORM end
     write(run_dir / "checkpoint.pt", save)
 
 
-def load_run(run_dir, agent, buffer, generators):
+def load_run(run_dir, agent, generators):
     """Restore what `save_run` wrote and return its progress; nothing in the file is executed."""
     try:
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -683,13 +663,10 @@ def load_run(run_dir, agent, buffer, generators):
             raise ValueError(f"it is of {state['env']}")
         for part in PARTS:
             getattr(agent, part).load_state_dict(state[part])
-        buffer.load_state_dict(state["buffer"])
         torch.set_rng_state(state["torch"])
         torch.cuda.set_rng_state_all(state["cuda"])
         for generator, saved in zip(generators, state["generators"], strict=True):
             generator.bit_generator.state = saved
-        agent.obs_stat.load_state_dict(state["obs_stat"])  # NORM save: statistics come back
-        agent.obs_filter.stat.load_state_dict(state["obs_filter"])  # NORM save: with the weights
         step, updates, evaluations = state["progress"]
     except Exception as error:
         about = f"{type(error).__name__}: {error}"[:200]
@@ -799,7 +776,8 @@ def make_env(args):
         fail(f"--env {args.env} observes {obs_space}: choose one that observes a vector")
     if not is_scalable(action_space):
         fail(f"--env {args.env} acts in {action_space}: choose one with bounded continuous actions")
-    env = gym.wrappers.TransformObservation(env, np.float32, obs_space)  # as the replay keeps them
+    # a copy, since an environment may write its next observation into the same array
+    env = gym.wrappers.TransformObservation(env, lambda x: np.array(x, np.float32), obs_space)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -841,19 +819,19 @@ def train(args, stop=()):
     agent = make_agent(env, args, device)
     try:
         sizes = *env.observation_space.shape, *env.action_space.shape
-        buffer = ReplayBuffer(args.buffer_size, *sizes)
+        buffer = agent.buffer = ReplayBuffer(args.buffer_size, *sizes)
     except MemoryError as error:
         fail(f"--buffer-size {args.buffer_size} is too large: {error}")
     run_dir = open_run(args)
     step, updates, evaluations, diverged = 0, 0, [], False
     if args.resume:
-        step, updates, evaluations = load_run(run_dir, agent, buffer, generators)
+        step, updates, evaluations = load_run(run_dir, agent, generators)
         evaluations = [e for e in evaluations if e[0] < args.total_steps]  # the last is made anew
     describe_run(run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=step + 1 if args.resume else None)
     writer.add_custom_scalars(PANELS)  # NORM report: the normalization panel comes first
     if not args.resume:  # from now on a kill loses nothing that --resume cannot bring back
-        save_run(run_dir, agent, buffer, generators, (step, updates, evaluations), writer)
+        save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
     print(f"run: {run_dir}", flush=True)
 
     bar = tqdm(total=args.total_steps, initial=step, unit="step", smoothing=0.01, disable=None)
@@ -903,7 +881,7 @@ def train(args, stop=()):
             writer.add_scalar("charts/episodic_return", info["episode"]["r"], step)
             writer.add_scalar("charts/episodic_length", info["episode"]["l"], step)
             if step < args.total_steps and (step >= save_step or stop):
-                save_run(run_dir, agent, buffer, generators, (step, updates, evaluations), writer)
+                save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
                 save_step = step + args.save_every
             obs = None
             if stop:
@@ -918,7 +896,7 @@ def train(args, stop=()):
     elif step < args.total_steps:
         print(f"stopped at step {step}: --resume {run_dir} goes on")
     else:
-        save_run(run_dir, agent, buffer, generators, (step, updates, evaluations), writer)
+        save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
         print("final evaluation at step {}: return {:.1f} ± {:.1f}".format(*evaluations[-1]))
     bar.close()
     writer.close()

@@ -41,8 +41,8 @@ class RunningStat:
         return np.sqrt(self.var)
 
     def state_dict(self):
-        """Everything that is learnt, as arrays."""
-        return {key: np.asarray(getattr(self, key)) for key in ("count", "mean", "m2")}
+        """Everything that is learnt, as numbers and lists of them."""
+        return {key: np.asarray(getattr(self, key)).tolist() for key in ("count", "mean", "m2")}
 
     def load_state_dict(self, state):
         """Restore `state_dict()`. Raises ValueError for other shapes and impossible numbers."""
@@ -57,14 +57,17 @@ class RunningStat:
         """Write count, mean, m2, for people std, and words about them to an .npz file or path."""
         np.savez(file, **self.state_dict(), std=self.std, **about)
 
-    def load(self, file):
-        """Read what `save` wrote, without pickle, and return the words about it, {name: str}.
+    def load(self, file, **about):
+        """Read what `save` wrote, without pickle.
 
-        Raises OSError, KeyError or ValueError for a file that is none of ours.
+        Raises OSError, KeyError or ValueError for a file that is none of ours, of fewer than two
+        samples, or saved with other words about it.
         """
         with np.load(file, allow_pickle=False) as state:
             self.load_state_dict(state)
-            return {k: str(v) for k, v in state.items() if k not in ("count", "mean", "m2", "std")}
+            wrong = [str(state[k]) for k, v in about.items() if str(state.get(k, v)) != str(v)]
+        if wrong or self.count < 2:
+            raise ValueError(f"they are of {' '.join(wrong) or 'too few samples'}")
 
 
 class ZFilter:
@@ -90,10 +93,10 @@ class ZFilter:
             x = np.clip(x, -self.clip, self.clip)
         return x
 
-    def save(self, file, **about):
-        """Write the statistics as `RunningStat.save` does; the switches are the caller's."""
-        self.stat.save(file, **about)
+    def state_dict(self):
+        """The statistics; the switches are the caller's."""
+        return self.stat.state_dict()
 
-    def load(self, file):
-        """Read the statistics as `RunningStat.load` does."""
-        return self.stat.load(file)
+    def load_state_dict(self, state):
+        """Restore `state_dict()`."""
+        self.stat.load_state_dict(state)

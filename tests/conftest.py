@@ -110,6 +110,7 @@ def small(tmp_path):
     def make(script, **options):
         tiny = {
             "env": "Pendulum-v1",
+            "device": "cpu",
             "total_steps": 400,
             "hidden_sizes": (16, 16),
             "eval_every": 0,

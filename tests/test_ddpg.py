@@ -413,19 +413,27 @@ def test_probe_by_hand_and_without_a_trace():
         agent.critic.net[1].bias[:4] = -100  # four dead units of the first layer's sixteen
     agent.critic.eval()
     before = copy.deepcopy(agent.critic.state_dict())
-    gap, lags, dead = ddpg_bn.probe(agent.critic, batch.obs, batch.action)
+    gap, found, dead = ddpg_bn.probe(agent.critic, batch.obs, batch.action)
+    scalars = ddpg_bn.norm_scalars(agent, batch)
     assert same(before, agent.critic.state_dict()) and not agent.critic.training
 
-    net, x = agent.critic.net, torch.cat([batch.obs, batch.action], 1)
+    def lags_by_hand(net, x):
+        lags = []
+        for layer in copy.deepcopy(net).train():
+            if isinstance(layer, nn.BatchNorm1d):
+                std = (x.var(0, correction=0) + 1e-5).sqrt()
+                lags.append(((layer.running_mean - x.mean(0)).abs() / std).mean().item())
+            x = layer(x)
+        return lags
+
     with torch.no_grad():
-        h = net[0](x)
-        std = (h.var(0, correction=0) + 1e-5).sqrt()
-        expected = ((net[1].running_mean - h.mean(0)).abs() / std).mean()
-        np.testing.assert_allclose(lags[0], expected, rtol=1e-4)
+        lags = lags_by_hand(agent.critic.net, torch.cat([batch.obs, batch.action], 1))
+        lags += lags_by_hand(agent.actor.net, batch.obs)
+        np.testing.assert_allclose(scalars["stat_lag"], np.mean(lags), rtol=1e-4)
         eval_q = copy.deepcopy(agent.critic).eval()(batch.obs, batch.action)
         train_q = copy.deepcopy(agent.critic).train()(batch.obs, batch.action)
     np.testing.assert_allclose(gap, (train_q - eval_q).abs().mean(), rtol=1e-4)
-    assert len(lags) == len(dead) == 2 and dead[0] == 4 / 16
+    assert len(found) == len(dead) == 2 and dead[0] == 4 / 16
 
 
 def test_saturation_and_actor_grad():
@@ -470,6 +478,7 @@ def test_q_bias_by_brute_force():
 def test_evaluation_is_deterministic_and_starts_the_same():
     agent, batch, args = make_agent(norm="batchnorm")
     ddpg_bn.update(agent, batch, args)
+    agent.buffer = ddpg_bn.ReplayBuffer(10, 3, 1)
     before = copy.deepcopy({k: getattr(agent, k).state_dict() for k in ddpg_bn.PARTS})
     env = gym.make("Pendulum-v1")
     a, b = ddpg_bn.evaluate(agent, env, 2), ddpg_bn.evaluate(agent, env, 2)

@@ -33,6 +33,7 @@ context.set_forkserver_preload(["test_faults", *SCRIPTS])
 def options(script, norm):
     """Return options of a run that takes a second or two and does everything several times."""
     common = {"eval_every": 150, "eval_episodes": 1, "hidden_sizes": (16, 16), "norm": norm}
+    common["device"] = "cpu"
     common |= {"bn_warmup": 60, "norm_position": ("post",)} if norm == "batchrenorm" else {}
     if script in ("ddpg_bn", "sac_bn"):
         rest = {"learning_starts": 100, "batch_size": 32, "buffer_size": 400, "total_steps": 620}

@@ -28,6 +28,7 @@ class Hostile(gym.Env):
         self.action_space = action_space or BOX(np.float32([-1, -0.3]), np.float32([2, 0.7]))
         self.length, self.since, self.odd, self.life = length, since, odd, 0
         self.in_evaluation = False
+        self.array = np.zeros(self.observation_space.shape, self.observation_space.dtype)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -51,6 +52,9 @@ class Hostile(gym.Env):
             values.flat[0] = self.odd["constant"]
         if "obs" in self.odd and self.is_odd():
             values.flat[-1] = self.odd["obs"]
+        if "reuses" in self.odd:
+            self.array[:] = values
+            return self.array
         return values.astype(space.dtype)
 
     def step(self, action):
@@ -121,6 +125,13 @@ def test_what_is_odd_but_usable_goes_on(script, about, norm, hostile):
     result, args = hostile(module, about, norm=norm)
     assert not result["diverged"] and np.isfinite(result["eval"]).all() and result["updates"] > 0
     assert_nothing_is_nan(args.run_dir)
+
+
+def test_an_environment_may_write_into_the_array_it_gave_before(script, hostile):
+    about = {"reuses": True, "observation_space": BOX(-9, 9, (3,), np.float32)}
+    _, args = hostile(script, about)
+    obs, _, _, next_obs, _ = checkpoint(args.run_dir)["buffer"]["data"]
+    assert (obs != next_obs).any(1).all()
 
 
 @pytest.mark.parametrize("norm", ["batchnorm", "batchrenorm", "layernorm", "zfilter"])

@@ -121,4 +121,4 @@ def test_crossq_is_that_of_sb3_contrib_while_its_layers_are_batch_norm(monkeypat
         for x, y in zip(statistics(theirs), statistics(ours), strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
     alpha = model.log_ent_coef.detach().exp().squeeze()
-    torch.testing.assert_close(alpha, agent.temperature().detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(alpha, agent.log_alpha.exp().detach(), rtol=0, atol=1e-5)

@@ -1,6 +1,8 @@
 """Whole runs of the scripts that learn from a replay buffer: what they store, learn and leave."""
 
+import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -184,3 +186,18 @@ def test_a_run_that_diverges_says_so(script, small, capsys):
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert "diverged" in err and "101" in err
     assert json.loads(Path(args.run_dir, "result.json").read_text())["diverged"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("norm", ["none", "batchnorm", "batchrenorm", "zfilter"])
+@pytest.mark.parametrize("name", ["reinforce_bn", "ppo_bn", "ddpg_bn", "sac_bn"])
+def test_a_run_on_a_gpu_learns_and_goes_on_there_or_on_the_cpu(name, norm, small):
+    module = importlib.import_module(name)
+    args = small(module, norm=norm, device="cuda")
+    results = [module.train(args)]
+    for device in ("cuda", "cpu"):
+        steps = results[-1]["steps"] + 200
+        more = {"device": device, "total_steps": steps, "resume": args.run_dir}
+        results.append(module.train(replace(args, **more)))
+    assert 0 < results[0]["updates"] < results[1]["updates"] < results[2]["updates"]
+    assert np.isfinite([result["eval"][-1] for result in results]).all()

@@ -124,13 +124,13 @@ def test_losses_by_hand():
 
 def test_temperature_moves_entropy_to_its_target():
     agent, _, _ = make_agent()
-    assert agent.target_entropy == -1.0 and agent.temperature().item() == 1.0
+    assert agent.target_entropy == -1.0 and agent.log_alpha.exp().item() == 1.0
     assert make_agent(target_entropy=-3.5)[0].target_entropy == -3.5
     for log_prob, direction in ((3.0, 1), (-3.0, -1)):  # too little entropy makes it dearer
-        before = agent.temperature().item()
+        before = agent.log_alpha.exp().item()
         loss = sac_bn.alpha_loss(agent, torch.full((8,), log_prob))
         sac_bn.gradient_step(agent.alpha_optimizer, loss, 0.0)
-        assert (agent.temperature().item() - before) * direction > 0
+        assert (agent.log_alpha.exp().item() - before) * direction > 0
 
 
 def test_evaluation_takes_the_mean_and_exploration_a_sample():

@@ -90,8 +90,11 @@ def test_only_update_learns():
 def test_save_and_load_to_the_bit_and_learn_on(tmp_path):
     a, b = ZFilter(3), ZFilter(3)
     a(history(100, 1e8))
-    a.save(tmp_path / "stats.npz", env="Ant-v4")
-    assert b.load(tmp_path / "stats.npz") == {"env": "Ant-v4"}
+    a.stat.save(tmp_path / "stats.npz", env="Ant-v4")
+    b.stat.load(tmp_path / "stats.npz", env="Ant-v4")
+    assert a.state_dict() == b.state_dict()
+    with pytest.raises(ValueError, match="Ant-v4"):
+        b.stat.load(tmp_path / "stats.npz", env="Hopper-v4")
     more = history(50) - 4
     np.testing.assert_array_equal(a(more), b(more))
     with np.load(tmp_path / "stats.npz") as saved:  # people find the std in the file too
