@@ -150,10 +150,15 @@ PICTURES = {
 }
 SUMMARY = {  # words: cell of each family, where it has one
     "none": "none",
+    "none, --no-target-network": "none-no-target",
     "zfilter": "zfilter",
     "fixed": "fixed-1",
     "layernorm": "layernorm",
+    "layernorm, --no-target-network": "layernorm-no-target",
     "batchnorm": "batchnorm",
+    "batchnorm, --norm-position pre": "pre",
+    "batchnorm, --norm-net actor": "batchnorm-actor",
+    "batchnorm, --norm-net critic": "batchnorm-critic",
     "batchnorm: act eval, learn train": "eval-train",
     "batchnorm: act train, learn train": "train-train",
     f"batchnorm, {REPAIRED}": "eval-policy-critic",
@@ -670,7 +675,7 @@ def make(data, known, claims, figures):
     blocks["claims"] = table(["claim", "who says it", "verdict", "figure", "why"], judged)
     if open_yet:
         words = ", ".join(f"{row[0].split(':')[0]} {row[4].split(' runs')[0]}" for row in open_yet)
-        blocks["claims"] += f"\n\nNo verdict yet, since of their runs are missing: {words}."
+        blocks["claims"] += f"\n\nNo verdict yet. Runs that are missing: {words}."
     return blocks, "\n".join([HEAD, *pages])
 
 
