@@ -101,20 +101,22 @@ class Picture(NamedTuple):
     """What stands in README.md between the markers of its name, once its cells are run."""
 
     labels: dict[str, str]  # {cell: words}
-    env: str
-    scalars: tuple[str, ...]  # of its panels
+    envs: tuple[str, ...]
+    scalars: tuple[str, ...]  # of its panels, in each environment
     has_table: bool  # of final returns
 
 
 PICTURES = {
     "first": Picture(
         {
-            "ddpg-first-none": "none",
-            "ddpg-first-batchnorm": "batchnorm",
-            "ddpg-first-eval-policy-critic": f"batchnorm, {REPAIRED}",
+            "ddpg-none": "none",
+            "ddpg-layernorm": "layernorm",
+            "ddpg-batchnorm": "batchnorm",
+            "ddpg-eval-policy-critic": f"batchnorm, {REPAIRED}",
+            "ddpg-crossnorm": "+ --bn-joint --no-target-network",
         },
-        HALF_CHEETAH,
-        ("eval/return", "norm/actor_grad"),
+        (HALF_CHEETAH, HOPPER),
+        ("eval/return",),
         True,
     ),
     "joint": Picture(
@@ -125,13 +127,13 @@ PICTURES = {
             "ddpg-joint": "+ --bn-joint",
             "ddpg-crossnorm": "+ --bn-joint --no-target-network",
         },
-        HOPPER,
+        (HOPPER,),
         ("eval/return", "norm/q_bias"),
         True,
     ),
     "crossq": Picture(
         {"sac-plain": "SAC", "sac-plain-crossq": "CrossQ (with critics 512 wide, not 2048)"},
-        HALF_CHEETAH,
+        (HALF_CHEETAH,),
         ("eval/return", "norm/q_bias"),
         True,
     ),
@@ -143,7 +145,7 @@ PICTURES = {
             "reinforce-eval-train": "batchnorm: act eval, learn train",
             "reinforce-train-train": "batchnorm: act train, learn train",
         },
-        CARTPOLE,
+        (CARTPOLE,),
         ("charts/episodic_return", "norm/first_ratio"),
         False,
     ),
@@ -438,11 +440,13 @@ def missing(data, of):
 
 def final_table(data, known, picture):
     """Return the table of final returns of a picture's cells."""
-    rows = []
-    for cell, label in picture.labels.items():
-        x = values(data, cell, picture.env, LAST)
-        rows.append([label, len(x), with_interval(x), ", ".join(f"{v:.0f}" for v in x)])
-    return table(["options", "seeds", "final return, IQM (95 % interval)", "each seed"], rows)
+    head, rows = ["options"], [[label] for label in picture.labels.values()]
+    for env in picture.envs:
+        head += [f"{env}: final return, IQM (95 % interval)", "each seed"]
+        for row, cell in zip(rows, picture.labels, strict=True):
+            x = values(data, cell, env, LAST)
+            row += [with_interval(x), ", ".join(f"{v:.0f}" for v in x)]
+    return table(head, rows)
 
 
 def plain_table(data, known):
@@ -636,16 +640,16 @@ def make(data, known, claims, figures):
     """Return {marker: text for README.md} and the text of CLAIMS.md; draw if figures is given."""
     blocks = {"plain": plain_table(data, known)}
     for name, picture in PICTURES.items():
-        labels, env, scalars, has_table = picture
-        if missing(data, [known[cell].within(env) for cell in labels]):
+        labels, envs, scalars, has_table = picture
+        if missing(data, [known[cell].within(*envs) for cell in labels]):
             blocks[name] = not_made(labels)
             continue
         words = " and ".join(UNITS[scalar].split(" (")[0] for scalar in scalars)
-        blocks[name] = f"![{words}, {env}](study/figures/{name}.svg)"
+        blocks[name] = f"![{words}, {' and '.join(envs)}](study/figures/{name}.svg)"
         blocks[name] += f"\n\n{final_table(data, known, picture)}" * has_table
         if figures:
             script = known[next(iter(labels))].script
-            panels = [(script, env, scalar) for scalar in scalars]
+            panels = [(script, env, scalar) for env in envs for scalar in scalars]
             draw(data, known, panels, labels, figures / f"{name}.svg")
 
     blocks["summary"] = summary_table(data, known)
