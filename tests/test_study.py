@@ -20,9 +20,9 @@ CLAIMS = """
 [family.tiny]
 script = "reinforce_bn.py"
 envs = ["CartPole-v1"]
-steps = 20_000
+steps = 10_000
 seeds = 1
-options = "--eval-every 2000 --eval-episodes 2 --save-every 1000"
+options = "--eval-every 2000 --eval-episodes 2 --save-every 500"
 
 [family.tiny.cells]
 none = ""
@@ -60,7 +60,7 @@ def make(run, folder, **options):
 @pytest.fixture
 def run(tmp_path):
     file = tmp_path / "claims.toml"
-    file.write_text(CLAIMS.replace("20_000", "2_000"))
+    file.write_text(CLAIMS.replace("10_000", "2_000"))
     return cells.load(file)[1]["tiny-none"].runs()[0]
 
 

@@ -30,8 +30,8 @@ def test_a_million_samples_in_uneven_batches_equal_numpy(mean):
     np.testing.assert_allclose(stat.std, xs.std(0, ddof=1), rtol=1e-7)
 
 
-def test_a_million_single_samples_equal_numpy():
-    xs, stat = history(1_000_000, 1e8, (1,)), RunningStat(1)
+def test_many_single_samples_equal_numpy():
+    xs, stat = history(100_000, 1e8, (1,)), RunningStat(1)
     for x in xs:
         stat.push(x)
     np.testing.assert_allclose(stat.mean, xs.mean(0), rtol=1e-12)
