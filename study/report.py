@@ -111,6 +111,7 @@ PICTURES = {
         {
             "ddpg-none": "none",
             "ddpg-layernorm": "layernorm",
+            "ddpg-layernorm-no-target": "layernorm, --no-target-network",
             "ddpg-batchnorm": "batchnorm",
             "ddpg-eval-policy-critic": f"batchnorm, {REPAIRED}",
             "ddpg-crossnorm": "+ --bn-joint --no-target-network",
