@@ -150,6 +150,17 @@ PICTURES = {
         ("charts/episodic_return", "norm/first_ratio"),
         False,
     ),
+    "ppo": Picture(
+        {
+            "ppo-none": "none",
+            "ppo-eval-eval": "batchnorm: act eval, learn eval",
+            "ppo-eval-train": "batchnorm: act eval, learn train",
+            "ppo-train-train": "batchnorm: act train, learn train",
+        },
+        (HALF_CHEETAH, HOPPER),
+        ("charts/episodic_return", "norm/first_ratio"),
+        False,
+    ),
 }
 SUMMARY = {  # words: cell of each family, where it has one
     "none": "none",
@@ -365,7 +376,7 @@ def curves(ax, data, labels, known, env, scalar):
 
 def draw(data, known, panels, labels, file, levels=()):
     """Draw a figure of (script, environment, scalar) panels, with lines at levels and a legend."""
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     size = 5 * max(columns, 1.4), 3.8 * -(-len(panels) // columns) + 0.15 * len(labels)
     figure = plt.figure(figsize=size, layout="constrained")
     entries = {}
