@@ -541,14 +541,16 @@ def claim_page(data, known, claim, figures):
     commands = "\n".join(lines) + "\n"
     parts = [f"## {name}. {claim['says']}", f"Said by: {claim['source']}."]
     row = [f"{name}: {claim['says']}", claim["source"]]
-    if gone := missing(data, known.values()):
-        total = sum(len(cell.runs()) for cell in known.values())
-        words = f"{sum(gone.values())} of {total} runs are missing"
-        listed = ", ".join(f"`{x}` ({n})" for x, n in gone.items())
-        page = "\n\n".join([*parts, f"**{words}**: {listed}.", commands])
-        return page, [*row, "no verdict yet", "", words]
+    gone = missing(data, known.values())
+    total = sum(len(cell.runs()) for cell in known.values())
+    words = f"{sum(gone.values())} of {total} runs are missing"
+    lacks = f"**{words}**: " + ", ".join(f"`{x}` ({n})" for x, n in gone.items())
+    if any(gone.keys() & rule.split() for rule in claim["compare"]):
+        return "\n\n".join([*parts, f"{lacks}.", commands]), [*row, "no verdict yet", "", words]
 
+    known = {x: cell for x, cell in known.items() if x not in gone}
     also = [rule for rule in claim.get("also", []) if not rule.startswith(ORDER)]
+    also = [rule for rule in also if not gone.keys() & rule.split()]
     rules = claim["compare"] + also
     comparisons = [c for rule in rules for c in compare(data, known, claim, rule)]
     verdict, decisive = verdict_of(claim, comparisons)
@@ -563,9 +565,10 @@ def claim_page(data, known, claim, figures):
     metric = f"Verdict: **{verdict}**. Metric: {claim['metric']}"
     metric += f", on the right {claim['against']}." if "against" in claim else "."
     notes = [f"Note after the runs: {claim['note']}"] if "note" in claim else []
+    reason = ". ".join([why(known, claim, decisive), *notes])
+    notes += [f"{lacks}; they decide nothing."] if gone else []
     parts += [metric, *notes, f"![{name}](figures/{name}.svg)", table(head, rows)]
     parts += [seeds_table(data, known, claim), *onsets(data, known, claim), commands]
-    reason = ". ".join([why(known, claim, decisive), *notes])
     row += [verdict, f"[figure](study/figures/{name}.svg)", reason]
     return "\n\n".join(parts), row
 

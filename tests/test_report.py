@@ -114,6 +114,17 @@ def test_a_rule_of_one_environment_waits_for_no_other(root):
     assert cells.cells_of(claim, known)["ddpg-none"].envs == ("HalfCheetah-v4", "Hopper-v4")
 
 
+def test_a_verdict_waits_for_what_decides_it_only(root):
+    data, known = report.read(root / "study/results"), cells.load()[1]
+    claim = CLAIM | {"compare": ["ddpg-none > 90"], "also": ["ddpg-none > ddpg-pre"]}
+    page, row = report.claim_page(data, known, claim, None)
+    assert row[2] == "holds" and "**6 of 12 runs are missing**: `ddpg-pre` (6); they decide" in page
+    assert "also:" not in page
+    claim["compare"], claim["also"] = ["ddpg-none > ddpg-pre"], ["ddpg-none > 90"]
+    page, row = report.claim_page(data, known, claim, None)
+    assert row[2] == "no verdict yet" and "**6 of 12 runs are missing**: `ddpg-pre` (6)." in page
+
+
 def test_one_run_has_no_interval():
     assert np.isnan(report.interval([1.0])).all()
     assert report.with_interval([1.0]) == "1" and report.with_interval([]) == "no run"
