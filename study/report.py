@@ -178,6 +178,7 @@ SUMMARY = {  # words: cell of each family, where it has one
     f"batchnorm, {REPAIRED}": "eval-policy-critic",
     "+ --bn-target train": "target-train",
     "+ --bn-joint": "joint",
+    "+ --bn-joint --bn-target train": "joint-target-train",
     "+ --bn-joint --no-target-network": "no-target crossnorm",
     "CrossQ": "crossq",
 }
