@@ -173,6 +173,7 @@ SUMMARY = {  # words: cell of each family, where it has one
     "batchnorm, --norm-position pre": "pre",
     "batchnorm, --norm-net actor": "batchnorm-actor",
     "batchnorm, --norm-net critic": "batchnorm-critic",
+    "batchnorm: act eval, learn eval": "eval-eval",
     "batchnorm: act eval, learn train": "eval-train",
     "batchnorm: act train, learn train": "train-train",
     f"batchnorm, {REPAIRED}": "eval-policy-critic",
