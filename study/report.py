@@ -540,21 +540,23 @@ def why(known, claim, c):
 
 def claim_page(data, known, claim, figures):
     """Return (a claim's part of CLAIMS.md, its row of the summary); draw it if figures is given."""
-    name, known = claim["id"], cells.cells_of(claim, known)
-    lines = ["```bash", f"python -m study.run {name}", *map(command, known.values()), "```"]
+    name, every = claim["id"], cells.cells_of(claim, known)
+    lines = ["```bash", f"python -m study.run {name}", *map(command, every.values()), "```"]
     commands = "\n".join(lines) + "\n"
     parts = [f"## {name}. {claim['says']}", f"Said by: {claim['source']}."]
     row = [f"{name}: {claim['says']}", claim["source"]]
-    gone = missing(data, known.values())
-    total = sum(len(cell.runs()) for cell in known.values())
+    gone = missing(data, every.values())
+    total = sum(len(cell.runs()) for cell in every.values())
     words = f"{sum(gone.values())} of {total} runs are missing"
-    lacks = f"**{words}**: " + ", ".join(f"`{x}` ({n})" for x, n in gone.items())
-    if any(gone.keys() & rule.split() for rule in claim["compare"]):
-        return "\n\n".join([*parts, f"{lacks}.", commands]), [*row, "no verdict yet", "", words]
+    listed = ", ".join(f"`{x}` ({n})" for x, n in gone.items())
+    # what decides nothing does not delay the verdict
+    also = [rule for rule in claim.get("also", []) if not gone.keys() & rule.split()]
+    known = cells.cells_of(claim | {"also": also}, known)
+    if missing(data, known.values()):
+        page = "\n\n".join([*parts, f"**{words}**: {listed}.", commands])
+        return page, [*row, "no verdict yet", "", words]
 
-    known = {x: cell for x, cell in known.items() if x not in gone}
-    also = [rule for rule in claim.get("also", []) if not rule.startswith(ORDER)]
-    also = [rule for rule in also if not gone.keys() & rule.split()]
+    also = [rule for rule in also if not rule.startswith(ORDER)]
     rules = claim["compare"] + also
     comparisons = [c for rule in rules for c in compare(data, known, claim, rule)]
     verdict, decisive = verdict_of(claim, comparisons)
@@ -569,10 +571,10 @@ def claim_page(data, known, claim, figures):
     metric = f"Verdict: **{verdict}**. Metric: {claim['metric']}"
     metric += f", on the right {claim['against']}." if "against" in claim else "."
     notes = [f"Note after the runs: {claim['note']}"] if "note" in claim else []
-    reason = ". ".join([why(known, claim, decisive), *notes])
-    notes += [f"{lacks}; they decide nothing."] if gone else []
+    notes += [f"{words}, which decide nothing: {listed}."] if gone else []
     parts += [metric, *notes, f"![{name}](figures/{name}.svg)", table(head, rows)]
     parts += [seeds_table(data, known, claim), *onsets(data, known, claim), commands]
+    reason = ". ".join([why(known, claim, decisive), *notes])
     row += [verdict, f"[figure](study/figures/{name}.svg)", reason]
     return "\n\n".join(parts), row
 
