@@ -498,6 +498,7 @@ def evaluate(agent, env, episodes):
 PANELS = {
     "Normalization": {
         "lag of running statistics": ["Multiline", ["norm/stat_lag"]],
+        "stretch of the target's features": ["Multiline", ["norm/target_stretch"]],
         "gap between train and eval mode": ["Multiline", ["norm/train_eval_gap_.*"]],
         "bias of Q": ["Multiline", ["norm/q_bias.*"]],
         "gradient of the actor": ["Multiline", ["norm/actor_grad"]],
@@ -512,7 +513,7 @@ def probe(net, *inputs):
     """Run a copy of net on one batch. Returns three things:
 
     mean |train-mode output - eval-mode output|, in the output's units;
-    for each batch norm, its running mean before the pass, and the batch's mean and deviation;
+    for each batch norm, running mean and deviation before the pass, and the batch's own;
     for each layer of ReLUs, the share that no sample activates (these two in train mode).
     """
     net, found, dead = copy.deepcopy(net), [], []
@@ -520,7 +521,8 @@ def probe(net, *inputs):
     def keep(layer, inputs):
         x = inputs[0].movedim(1, -1).flatten(0, -2)  # an image counts as many samples
         var, mean = torch.var_mean(x, 0, correction=0)
-        found.append((layer.running_mean.clone(), mean, (var + layer.eps).sqrt()))
+        stds = [(v + layer.eps).sqrt() for v in (layer.running_var, var)]
+        found.append((layer.running_mean.clone(), stds[0], mean, stds[1]))
 
     def count_dead(layer, inputs, output):
         dead.append((output <= 0).all(0).float().mean().item())
@@ -540,17 +542,22 @@ def norm_scalars(agent, batch):
 
     train_eval_gap_policy, _q, stat_lag and dead_units: see `probe`, means over layers, on the
     batch's (s, a); what else passed the critic in train mode moved its statistics too.
+    target_stretch: largest deviation of a feature of the target critic on (s', mu(s')), in running
+    deviations, by which eval mode divides: near 1 if these fit, hundreds if they are of dead units.
     actor_grad: norm of the actor's gradient in the last update, as clipped.
     saturation: share of the components of mu(s) in the outermost 1 % at either bound.
     """
     gap_policy, found, dead = probe(agent.actor, batch.obs)
     gap_q, more, more_dead = probe(agent.critic, batch.obs, batch.action)
+    _, target, _ = probe(agent.critic_target, batch.next_obs, agent.actor.eval()(batch.next_obs))
     grads = [p.grad.norm() for p in agent.actor.parameters() if p.grad is not None]
     action = (agent.actor.eval()(batch.obs) - agent.actor.action_bias) / agent.actor.action_scale
     scalars = {"train_eval_gap_policy": gap_policy, "train_eval_gap_q": gap_q}
-    lags = [((running - mean).abs() / std).mean().item() for running, mean, std in found + more]
+    lags = [((old - mean).abs() / std).mean().item() for old, _, mean, std in found + more]
     if lags:
         scalars["stat_lag"] = np.mean(lags)
+    if target:
+        scalars["target_stretch"] = max((std / old).max().item() for _, old, _, std in target)
     scalars["dead_units"] = np.mean(dead + more_dead)
     if grads:
         scalars["actor_grad"] = torch.stack(grads).norm().item()

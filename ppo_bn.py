@@ -535,7 +535,7 @@ def probe(net, *inputs):
     """Run a copy of net on one batch. Returns three things:
 
     mean |train-mode output - eval-mode output|, in the output's units;
-    for each batch norm, its running mean before the pass, and the batch's mean and deviation;
+    for each batch norm, running mean and deviation before the pass, and the batch's own;
     for each layer of ReLUs, the share that no sample activates (these two in train mode).
     """
     net, found, dead = copy.deepcopy(net), [], []
@@ -543,7 +543,8 @@ def probe(net, *inputs):
     def keep(layer, inputs):
         x = inputs[0].movedim(1, -1).flatten(0, -2)  # an image counts as many samples
         var, mean = torch.var_mean(x, 0, correction=0)
-        found.append((layer.running_mean.clone(), mean, (var + layer.eps).sqrt()))
+        stds = [(v + layer.eps).sqrt() for v in (layer.running_var, var)]
+        found.append((layer.running_mean.clone(), stds[0], mean, stds[1]))
 
     def count_dead(layer, inputs, output):
         dead.append((output <= 0).all(0).float().mean().item())
@@ -565,7 +566,7 @@ def moment_gap(net, moments, obs):
     """
     learnt, gaps = probe(net, obs)[1], []
     for moment in moments:
-        for (_, acted, _), (_, mean, std) in zip(probe(net, moment)[1], learnt, strict=True):
+        for (*_, acted, _), (*_, mean, std) in zip(probe(net, moment)[1], learnt, strict=True):
             gaps.append(((acted - mean).abs() / std).mean().item())
     return np.mean(gaps)
 
@@ -581,7 +582,7 @@ def norm_scalars(agent, rollout, obs):
     gap_policy, found, dead = probe(agent.actor.net, obs)
     gap_v, more, more_dead = probe(agent.critic.net, obs)
     scalars = {"train_eval_gap_policy": gap_policy, "train_eval_gap_v": gap_v}
-    lags = [((running - mean).abs() / std).mean().item() for running, mean, std in found + more]
+    lags = [((old - mean).abs() / std).mean().item() for old, _, mean, std in found + more]
     if lags:
         scalars["stat_lag"] = np.mean(lags)
     if dead + more_dead:

@@ -25,7 +25,8 @@ from tyro.conf import Positional
 from study.cells import BY_HAND, RESULTS, fits, load, plain
 
 SCALARS = "eval/return", "charts/episodic_return", "norm/actor_grad", "norm/saturation"
-SCALARS += "norm/q_bias", "norm/stat_lag", "norm/first_ratio", "norm/moment_gap"
+SCALARS += "norm/q_bias", "norm/stat_lag", "norm/target_stretch"
+SCALARS += "norm/first_ratio", "norm/moment_gap"
 SCALARS += "norm/return_eval_mode", "norm/return_train_mode", "norm/return_recalibrated_mode"
 COLUMNS = "cell", "script", "env", "seed", "options", "commit", "versions", "cpu", "wall_s"
 COLUMNS += "diverged", "step", *SCALARS

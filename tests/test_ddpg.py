@@ -436,6 +436,23 @@ def test_probe_by_hand_and_without_a_trace():
     assert len(found) == len(dead) == 2 and dead[0] == 4 / 16
 
 
+@pytest.mark.parametrize(("position", "is_stretched"), [("post", True), ("pre", False)])
+def test_copied_statistics_of_a_unit_that_died_stretch_its_slow_copy(position, is_stretched):
+    agent, batch, args = make_agent(norm="batchnorm", norm_position=(position,))
+    with torch.no_grad():
+        agent.critic.net[0].bias[0] = -10  # as if a step of the optimizer had gone too far
+        for _ in range(300):  # until nothing is left of the variance from before
+            agent.critic.train()(batch.obs, batch.action)
+        ddpg_bn.update_target(agent.critic_target, agent.critic, args.tau)
+        next_action = agent.actor.eval()(batch.next_obs)
+        linear = agent.critic_target.net[0](torch.cat([batch.next_obs, next_action], 1))[:, 0]
+    stretch = ddpg_bn.norm_scalars(agent, batch)["target_stretch"]
+    if is_stretched:
+        by_hand = linear.relu().var(correction=0).add(1e-5).sqrt() / 1e-5**0.5
+        np.testing.assert_allclose(stretch, by_hand, rtol=1e-3)
+    assert (stretch > 50) if is_stretched else (stretch < 3)
+
+
 def test_saturation_and_actor_grad():
     agent, batch, args = make_agent()
     ddpg_bn.update(agent, batch, args)

@@ -654,8 +654,9 @@ def test_a_normalized_image_has_one_mean_for_a_channel(on_policy, small):
     out = agent.actor.net[0].train()(images)
     torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
     gap, found, dead = on_policy.probe(agent.actor.net, images)
-    mean, std = images.mean((0, 2, 3)), images.var((0, 2, 3), correction=0).sqrt()
-    expected = 0.1 * mean, mean, std  # the running mean is a tenth of the way from 0
+    mean, var = images.mean((0, 2, 3)), images.var((0, 2, 3), correction=0)
+    old = 0.1 * mean, (0.9 + 0.1 * var).sqrt()  # a tenth of the way from 0 and 1
+    expected = *old, mean, var.sqrt()
     for x, y in zip(found[0], expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
     assert gap > 0 and len(dead) == (3 if on_policy.ACTIVATION is nn.ReLU else 0)

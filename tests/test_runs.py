@@ -153,6 +153,7 @@ def test_every_kind_of_run_learns_something(script, small, options):
     expected |= {"norm/train_eval_gap_policy", "norm/train_eval_gap_q"}
     assert expected <= found
     assert ("norm/stat_lag" in found) == args.norm.startswith("batch")
+    assert ("norm/target_stretch" in found) == args.norm.startswith("batch")
     about = json.loads(Path(args.run_dir, "args.json").read_text())
     assert about["args"]["norm"] == args.norm and about["versions"]["torch"] == torch.__version__
 
