@@ -42,6 +42,7 @@ UNITS = {
     "norm/saturation": "actions at their bounds (share)",
     "norm/q_bias": "bias of Q (share of the return)",
     "norm/stat_lag": "lag of running statistics (std)",
+    "norm/target_stretch": "stretch of the target's features (largest)",
     "norm/first_ratio": "|ratio - 1| before the first step (maximum)",
 }
 MODES = {  # words: metric, marker
@@ -121,6 +122,15 @@ PICTURES = {
         ("eval/return",),
         False,
     ),
+    "stretch": Picture(
+        {
+            "ddpg-eval-policy-critic": f"batchnorm, {REPAIRED}",
+            "ddpg-pre-eval-policy-critic": "+ --norm-position pre",
+        },
+        (HALF_CHEETAH, HOPPER),
+        ("norm/target_stretch", "norm/q_bias"),
+        True,
+    ),
     "joint": Picture(
         {
             "ddpg-none": "none",
@@ -179,6 +189,7 @@ SUMMARY = {  # words: cell of each family, where it has one
     "batchnorm: act eval, learn train": "eval-train",
     "batchnorm: act train, learn train": "train-train",
     f"batchnorm, {REPAIRED}": "eval-policy-critic",
+    "+ --norm-position pre": "pre-eval-policy-critic",
     "+ --bn-target train": "target-train",
     "+ --bn-joint": "joint",
     "+ --bn-joint --bn-target train": "joint-target-train",
@@ -220,7 +231,7 @@ def read(folder):
 
 def points(rows, scalar):
     """Return the steps and values of a scalar, where it is known and finite."""
-    known = [(int(row["step"]), float(row[scalar])) for row in rows if row[scalar]]
+    known = [(int(row["step"]), float(row[scalar])) for row in rows if row.get(scalar)]
     return np.array([x for x in known if np.isfinite(x[1])]).reshape(-1, 2).T
 
 
@@ -342,7 +353,7 @@ def save(figure, file):
 
 def set_scale(ax, scalar):
     """Choose the vertical axis of a scalar, logarithmic where its values span decades."""
-    if scalar == "norm/actor_grad":
+    if scalar in ("norm/actor_grad", "norm/target_stretch"):
         ax.set_yscale("log")
     if scalar == "norm/first_ratio":
         ax.set_yscale("symlog", linthresh=0.1)
