@@ -371,6 +371,8 @@ def curves(ax, data, labels, known, env, scalar):
     """
     used = {}
     for cell, label in labels.items():
+        shade = color(known[cell])
+        dash = DASHES[next(used.setdefault(shade, itertools.count())) % len(DASHES)]
         if (cell, env) not in data:
             continue
         seeds = [points(rows, scalar) for _, rows in sorted(data[cell, env].items())]
@@ -379,8 +381,6 @@ def curves(ax, data, labels, known, env, scalar):
             continue
         seeds = [np.pad(x, ((0, 0), (0, length - x.shape[1])), "edge") for x in seeds]
         steps, y = np.max([x[0] for x in seeds], 0), np.array([x[1] for x in seeds])
-        shade = color(known[cell])
-        dash = DASHES[next(used.setdefault(shade, itertools.count())) % len(DASHES)]
         ax.plot(steps / 1000, iqm(y, 0), color=shade, linestyle=dash, linewidth=2, label=label)
         low, high = interval(y)
         if not np.isnan(low).all():
