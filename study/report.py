@@ -353,8 +353,13 @@ def save(figure, file):
 
 def set_scale(ax, scalar):
     """Choose the vertical axis of a scalar, logarithmic where its values span decades."""
-    if scalar in ("norm/actor_grad", "norm/target_stretch"):
+    if scalar == "norm/actor_grad":
         ax.set_yscale("log")
+    if scalar == "norm/target_stretch":
+        top = max(40, ax.get_ylim()[1])
+        ax.set(yscale="log", yticks=(1, 2, 5, 10, 20, 50, 100, 300), ylim=(1, top))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.minorticks_off()
     if scalar == "norm/first_ratio":
         ax.set_yscale("symlog", linthresh=0.1)
     if scalar == "norm/q_bias" and np.abs(ax.get_ylim()).max() > 10:
