@@ -275,9 +275,7 @@ def main(args):
                 if table:
                     words = f"return {table[-1].get('eval/return', 'unknown')}"
                     words += ", diverged" * table[-1]["diverged"]
-                if (
-                    table and not file.exists()
-                ):  # a run made again for its statistics stays as it was
+                if table and not file.exists():  # made again for its statistics: as it was
                     collect.write(file, table)
                 screen.done(run, words, ray.get(board.look.remote()))
             screen.draw(ray.get(board.look.remote()))
