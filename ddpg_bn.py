@@ -84,7 +84,7 @@ class Args:
     norm_stats: str = ""  # fixed: the obs_stats.npz of an earlier run
     # weight of the newest batch in the running statistics (torch's sense; TF and JAX: 1 - this)
     bn_momentum: float = 0.1
-    # batchrenorm: a layer's first passes in train mode, which are plain batch norm (CrossQ: 100000)
+    # batchrenorm: a layer's first passes in train mode, which are batch norm (CrossQ: 100000)
     bn_warmup: int = 100_000
     # target networks use the running statistics, copied from the live ones, or their own batch's
     bn_target: Literal["eval", "train"] = "eval"
@@ -108,81 +108,6 @@ class Args:
     action_layer: Literal[0, 1] = 0  # action at the critic's input, or (1) second hidden layer (10)
 
 
-LIMITS = (  # lowest and highest value of options
-    (0, 2**32 - 1, "seed"),
-    (0, 10**12, "eval_every learning_starts"),
-    (1, 10**12, "total_steps save_every buffer_size"),
-    (1, 10**6, "batch_size"),
-    (1, 10**4, "eval_episodes hidden_sizes"),
-    (0, 1, "actor_lr critic_lr gamma tau"),
-    (0, 1e6, "noise max_grad_norm"),
-    (0, 1, "bn_momentum"),  # NORM flag: a weight
-    (0, 10**12, "bn_warmup"),  # NORM flag: a count
-)
-
-
-def fail(message):
-    """End with exit code 2 and one line that says what to do."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse(**default):
-    """Return the options of the command line; of tyro's box about a mistake print one line."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, **default)
-    except SystemExit as end:
-        if not end.code:  # --help
-            raise
-        rows = (row[1:-1].strip() for row in box.getvalue().splitlines()[1:])  # without the frame
-        fail(" ".join(row for row in rows if row.strip("─-")))
-
-
-# NORM begin: flag: what was asked for beyond --norm
-def changed_norm_options(args):
-    """Return {name: value} of the options of normalization that are not at their defaults."""
-    names = [k for k in vars(args) if k.startswith(("norm_", "bn_", "reward_norm"))]
-    return {k: getattr(args, k) for k in names if getattr(args, k) != getattr(Args, k)}
-
-
-# NORM end
-def check(args):
-    """End with one line if an option is out of range or options make no sense together."""
-    for low, high, names in LIMITS:
-        for name in names.split():
-            if not all(low <= value <= high for value in np.atleast_1d(getattr(args, name))):
-                fail(f"--{name.replace('_', '-')} is out of range: choose from {low} to {high}")
-    if not args.hidden_sizes:
-        fail("--hidden-sizes needs at least one width")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda finds no GPU: use --device cpu")
-    if not args.target_network and args.tau != Args.tau:
-        fail("--tau needs target networks: drop --no-target-network")
-    if args.action_layer >= len(args.hidden_sizes):
-        fail("--action-layer 1 needs two --hidden-sizes or more")
-    # NORM begin: flag: a switch that could change nothing is a mistake
-    is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)
-    for name in changed:
-        option = "--" + name.replace("_", "-")
-        if name.startswith("bn_") and not is_batch:
-            fail(f"{option} needs --norm batchnorm or batchrenorm, not {args.norm}")
-        if name in ("norm_position", "norm_net") and args.norm in ("none", "zfilter", "fixed"):
-            fail(f"{option} needs --norm batchnorm, batchrenorm or layernorm, not {args.norm}")
-        if name in ("bn_policy_critic", "bn_joint") and args.norm_net == "actor":
-            fail(f"{option} needs batch norm in the critic: drop --norm-net actor")
-    if "bn_warmup" in changed and args.norm != "batchrenorm":
-        fail("--bn-warmup needs --norm batchrenorm")
-    if args.bn_target == "train" and not args.target_network:
-        fail("--bn-target train needs target networks: drop --no-target-network")
-    if (args.norm == "fixed") != bool(args.norm_stats):
-        fail("--norm fixed and --norm-stats runs/.../obs_stats.npz need each other")
-    if is_batch and args.batch_size < 2:
-        fail("--batch-size 1 has no batch statistics: use 2 or more")
-    # NORM end
-
-
 # NORM begin: layer: what --norm builds, and where --norm-position puts it
 # --------------------------------------------------------------------------- Normalization layers
 
@@ -192,7 +117,8 @@ class BatchRenorm(nn.BatchNorm1d):
 
     Training: y = gamma (x_hat r + d) + beta, where x_hat is batch norm's and the constants
     r = std_B / std and d = (mean_B - mean) / std lead to the running statistics: with r and d
-    unclipped, train and eval mode agree. r = 1 and d = 0, as in the warm-up, is batch norm.
+    unclipped, train and eval mode agree. r = 1 and d = 0, as in the warm-up, is batch norm, with
+    epsilon 1e-3 where torch's has 1e-5.
     """
 
     r_max, d_max = 3.0, 5.0
@@ -390,8 +316,8 @@ def act(agent, obs):
     """Return mu(s), shape (action_dim,), for one observation, (obs_dim,)."""
     obs = agent.obs_filter(obs, update=False)  # NORM obs: the policy sees what it learns from
     agent.actor.eval()  # NORM mode: one observation has no batch statistics
-    obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.device)
-    return agent.actor(obs.unsqueeze(0)).squeeze(0).cpu().numpy()
+    obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.device).unsqueeze(0)
+    return agent.actor(obs).squeeze(0).cpu().numpy()
 
 
 def explore(agent, obs, action_space, rng, args):
@@ -567,7 +493,7 @@ def norm_scalars(agent, batch):
 
 @torch.no_grad()
 def q_bias(agent, episodes, gamma):
-    """Return mean and std over states of (Q(s, a) - G) / max(|G|, 10), the form of REDQ.
+    """Return mean and std over states of (Q(s, a) - G) / max(|G|, 10), as in REDQ's code.
 
     G is the discounted return that followed. Where a time-out cut an episode, the states are left
     out that have more than 1 % of G's weight behind the cut; {} if none remains.
@@ -624,7 +550,7 @@ def load_run(run_dir, agent, generators):
     """Restore what `save_run` wrote and return its progress; nothing in the file is executed."""
     try:
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if state.get("env", agent.env) != agent.env:
+        if state["env"] != agent.env:
             raise ValueError(f"it is of {state['env']}")
         for part in PARTS:
             getattr(agent, part).load_state_dict(state[part])
@@ -634,8 +560,7 @@ def load_run(run_dir, agent, generators):
             generator.bit_generator.state = saved
         step, updates, evaluations = state["progress"]
     except Exception as error:
-        about = f"{type(error).__name__}: {error}"[:200]
-        fail(f"--resume {run_dir}: no checkpoint.pt that fits ({about})")
+        fail(f"--resume {run_dir}: no checkpoint.pt that fits ({error!r:.200})")
     return step, updates, evaluations
 
 
@@ -696,11 +621,88 @@ def describe_run(run_dir, args):
     write(run_dir / "args.json", lambda file: file.write(text.encode()))
 
 
+# ------------------------------------------------------------------------------------- Command line
+
+LIMITS = (  # lowest and highest value of options
+    (0, 2**32 - 1, "seed"),
+    (0, 10**12, "eval_every learning_starts"),
+    (1, 10**12, "total_steps save_every buffer_size"),
+    (1, 10**6, "batch_size"),
+    (1, 10**4, "eval_episodes hidden_sizes"),
+    (0, 1, "actor_lr critic_lr gamma tau"),
+    (0, 1e6, "noise max_grad_norm"),
+    (0, 1, "bn_momentum"),  # NORM flag: a weight
+    (0, 10**12, "bn_warmup"),  # NORM flag: a count
+)
+
+
+def fail(message):
+    """End with exit code 2 and one line that says what to do."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse(**default):
+    """Return the options of the command line; of tyro's box about a mistake print one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, **default)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        rows = (row[1:-1].strip() for row in box.getvalue().splitlines()[1:])  # without the frame
+        fail(" ".join(row for row in rows if row.strip("─-")))
+
+
+# NORM begin: flag: what was asked for beyond --norm
+def changed_norm_options(args):
+    """Return {name: value} of the options of normalization that are not at their defaults."""
+    names = [k for k in vars(args) if k.startswith(("norm_", "bn_", "reward_norm"))]
+    return {k: getattr(args, k) for k in names if getattr(args, k) != getattr(Args, k)}
+
+
+# NORM end
+def check(args):
+    """End with one line if an option is out of range or options make no sense together."""
+    for low, high, names in LIMITS:
+        for name in names.split():
+            if not all(low <= value <= high for value in np.atleast_1d(getattr(args, name))):
+                fail(f"--{name.replace('_', '-')} is out of range: choose from {low} to {high}")
+    if not args.hidden_sizes:
+        fail("--hidden-sizes needs at least one width")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda finds no GPU: use --device cpu")
+    if not args.target_network and args.tau != Args.tau:
+        fail("--tau needs target networks: drop --no-target-network")
+    if args.action_layer >= len(args.hidden_sizes):
+        fail("--action-layer 1 needs two --hidden-sizes or more")
+    # NORM begin: flag: a switch that could change nothing is a mistake
+    is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)
+    for name in changed:
+        option = "--" + name.replace("_", "-")
+        if name.startswith("bn_") and not is_batch:
+            fail(f"{option} needs --norm batchnorm or batchrenorm, not {args.norm}")
+        if name in ("norm_position", "norm_net") and args.norm in ("none", "zfilter", "fixed"):
+            fail(f"{option} needs --norm batchnorm, batchrenorm or layernorm, not {args.norm}")
+        if name in ("bn_policy_critic", "bn_joint") and args.norm_net == "actor":
+            fail(f"{option} needs batch norm in the critic: drop --norm-net actor")
+    if "bn_warmup" in changed and args.norm != "batchrenorm":
+        fail("--bn-warmup needs --norm batchrenorm")
+    if args.bn_target == "train" and not args.target_network:
+        fail("--bn-target train needs target networks: drop --no-target-network")
+    if (args.norm == "fixed") != bool(args.norm_stats):
+        fail("--norm fixed and --norm-stats runs/.../obs_stats.npz need each other")
+    if is_batch and args.batch_size < 2:
+        fail("--batch-size 1 has no batch statistics: use 2 or more")
+    # NORM end
+
+
 # ------------------------------------------------------------------------------------------ Train
 
 
 class Checked(gym.Wrapper):
-    """Keeps actions to their bounds, and plays a death that pays NaN where float32 cannot go on:
+    """Clips actions to their bounds; ends an episode by reward NaN where float32 cannot go on:
 
     after an observation of 1e18 or more, whose square nears its limit, a reward of 1e38, or NaN.
     """
@@ -713,7 +715,7 @@ class Checked(gym.Wrapper):
     def step(self, action):
         space = self.action_space
         if isinstance(space, gym.spaces.Box):
-            action = np.clip(action, space.low, space.high)  # rounding may have crossed them
+            action = np.clip(action, space.low, space.high)  # a Gaussian, or rounding, crosses them
         if self.is_sound and np.isfinite(action).all():
             obs, reward, terminated, truncated, info = self.env.step(action)
             if (np.abs(obs) < 1e18).all() and abs(reward) < 1e38:
@@ -825,8 +827,8 @@ def train(args, stop=()):
             batch = buffer.sample(rng, args.batch_size)
             batch = filter_batch(agent.obs_filter, batch)  # NORM obs: the replay stays raw
             batch = Batch(*(torch.as_tensor(x, dtype=torch.float32, device=device) for x in batch))
-            losses = update(agent, batch, args)
             updates += 1
+            losses = update(agent, batch, args)
             diverged = not all(map(math.isfinite, losses.values()))
         # report
         if diverged:

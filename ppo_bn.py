@@ -3,7 +3,7 @@
 Run:
   python ppo_bn.py --env HalfCheetah-v4
   python ppo_bn.py --resume runs/HalfCheetah-v4/ppo_bn/RUN
-  python ppo_bn.py --norm zfilter --reward-norm  # NORM flag: what MuJoCo needs
+  python ppo_bn.py --norm zfilter --reward-norm  # NORM flag: as usual on MuJoCo
   python ppo_bn.py --norm batchnorm  # NORM flag: acts by running statistics
   python ppo_bn.py --norm batchnorm --bn-rollout train  # NORM flag: by those of the moment
 
@@ -23,7 +23,7 @@ Implementation details, sections and equations of the paper (arXiv 1707.06347) u
   (9) Orthogonal weights; small last layer of the actor (0.01), so at first states matter little.
   (10) One Adam with epsilon 1e-5 for both networks, a gradient no longer than 0.5, and a learning
        rate that falls to zero linearly (Engstrom et al. 2020, arXiv 2005.12729).
-  (11) Early stop when an epoch's mean KL divergence exceeds --target-kl (Spinning Up): off at 0.
+  (11) Early stop when an epoch's mean KL divergence exceeds --target-kl (CleanRL): off at 0.
   (12) Hyperparameters are the paper's for MuJoCo (Table 3, Sec. 6.1), its rollout of 2048 steps
        from 16 environments.
 """
@@ -82,7 +82,7 @@ class Args:
     norm_stats: str = ""  # fixed: the obs_stats.npz of an earlier run
     # weight of the newest batch in the running statistics (torch's sense; TF and JAX: 1 - this)
     bn_momentum: float = 0.1
-    # batchrenorm: a layer's first passes in train mode, which are plain batch norm (CrossQ: 100000)
+    # batchrenorm: a layer's first passes in train mode, which are batch norm (CrossQ: 100000)
     bn_warmup: int = 100_000
     # acting uses the running statistics, or (train) those of all environments at that moment, which
     # also move the running ones
@@ -111,87 +111,6 @@ class Args:
     max_grad_norm: float = 0.5  # longest gradient of a step; 0 for any length
 
 
-LIMITS = (  # lowest and highest value of options
-    (0, 2**32 - 1, "seed"),
-    (0, 10**12, "eval_every"),
-    (1, 10**12, "total_steps save_every"),
-    (1, 10**6, "num_steps epochs minibatches"),
-    (1, 10**4, "eval_episodes num_envs hidden_sizes"),
-    (0, 1, "learning_rate gamma gae_lambda"),
-    (0, 1e6, "clip value_coef entropy_coef target_kl max_grad_norm"),
-    (0, 1, "bn_momentum"),  # NORM flag: a weight
-    (0, 10**12, "bn_warmup bn_recalibrate"),  # NORM flag: counts
-)
-
-
-def fail(message):
-    """End with exit code 2 and one line that says what to do."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse(**default):
-    """Return the options of the command line; of tyro's box about a mistake print one line."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, **default)
-    except SystemExit as end:
-        if not end.code:  # --help
-            raise
-        rows = (row[1:-1].strip() for row in box.getvalue().splitlines()[1:])  # without the frame
-        fail(" ".join(row for row in rows if row.strip("─-")))
-
-
-# NORM begin: flag: what was asked for beyond --norm
-def changed_norm_options(args):
-    """Return {name: value} of the options of normalization that are not at their defaults."""
-    names = [k for k in vars(args) if k.startswith(("norm_", "bn_", "reward_norm"))]
-    return {k: getattr(args, k) for k in names if getattr(args, k) != getattr(Args, k)}
-
-
-# NORM end
-def check(args):
-    """End with one line if an option is out of range or options make no sense together."""
-    for low, high, names in LIMITS:
-        for name in names.split():
-            if not all(low <= value <= high for value in np.atleast_1d(getattr(args, name))):
-                fail(f"--{name.replace('_', '-')} is out of range: choose from {low} to {high}")
-    if not args.hidden_sizes:
-        fail("--hidden-sizes needs at least one width")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda finds no GPU: use --device cpu")
-    if args.network == "linear" and args.hidden_sizes != Args.hidden_sizes:
-        fail("--hidden-sizes needs hidden layers: drop --network linear")
-    if args.num_envs * args.num_steps % args.minibatches:
-        steps = args.num_envs * args.num_steps
-        fail(f"--minibatches {args.minibatches} must divide --num-envs x --num-steps, {steps}")
-    if args.num_envs * args.num_steps < 2 * args.minibatches:
-        fail(f"--minibatches {args.minibatches} leaves one sample in each: use fewer")
-    # NORM begin: flag: a switch that could change nothing is a mistake
-    is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)
-    for name in changed:
-        option = "--" + name.replace("_", "-")
-        if name.startswith("bn_") and not is_batch:
-            fail(f"{option} needs --norm batchnorm or batchrenorm, not {args.norm}")
-        if name in ("norm_position", "norm_net") and args.norm in ("none", "zfilter", "fixed"):
-            fail(f"{option} needs --norm batchnorm, batchrenorm or layernorm, not {args.norm}")
-    if "bn_warmup" in changed and args.norm != "batchrenorm":
-        fail("--bn-warmup needs --norm batchrenorm")
-    if (args.norm == "fixed") != bool(args.norm_stats):
-        fail("--norm fixed and --norm-stats runs/.../obs_stats.npz need each other")
-    has_layers = is_batch or args.norm == "layernorm"
-    if has_layers and args.network == "linear" and args.norm_position != ("input",):
-        fail("--network linear has no hidden layer: use --norm-position input")
-    if args.network == "cnn" and args.norm == "batchrenorm":
-        fail("--norm batchrenorm is for vectors: use --norm batchnorm with --network cnn")
-    if is_batch and args.num_envs < 2:
-        fail("--num-envs 1 has no batch statistics: use 2 or more")
-    if args.bn_recalibrate and args.norm_net == "critic":
-        fail("--bn-recalibrate needs batch norm in the actor: drop --norm-net critic")
-    # NORM end
-
-
 # NORM begin: layer: what --norm builds, and where --norm-position puts it
 # --------------------------------------------------------------------------- Normalization layers
 
@@ -201,7 +120,8 @@ class BatchRenorm(nn.BatchNorm1d):
 
     Training: y = gamma (x_hat r + d) + beta, where x_hat is batch norm's and the constants
     r = std_B / std and d = (mean_B - mean) / std lead to the running statistics: with r and d
-    unclipped, train and eval mode agree. r = 1 and d = 0, as in the warm-up, is batch norm.
+    unclipped, train and eval mode agree. r = 1 and d = 0, as in the warm-up, is batch norm, with
+    epsilon 1e-3 where torch's has 1e-5.
     """
 
     r_max, d_max = 3.0, 5.0
@@ -465,7 +385,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 
 def update(agent, batch, rng, args):
-    """Learn from a rollout; return losses as tensors and the number of gradient steps taken."""
+    """Return losses of the last minibatch, kl of the last epoch, and the number of updates."""
     # NORM begin: report: first_ratio is max |ratio - 1| over the minibatch of the first step
     # No weight has changed yet: what differs from 1 is another mode, or other batch statistics.
     # NORM end
@@ -650,7 +570,7 @@ def load_run(run_dir, agent, generators):
     """Restore what `save_run` wrote and return its progress; nothing in the file is executed."""
     try:
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if state.get("env", agent.env) != agent.env:
+        if state["env"] != agent.env:
             raise ValueError(f"it is of {state['env']}")
         for part in PARTS:
             getattr(agent, part).load_state_dict(state[part])
@@ -660,8 +580,7 @@ def load_run(run_dir, agent, generators):
             generator.bit_generator.state = saved
         step, updates, evaluations = state["progress"]
     except Exception as error:
-        about = f"{type(error).__name__}: {error}"[:200]
-        fail(f"--resume {run_dir}: no checkpoint.pt that fits ({about})")
+        fail(f"--resume {run_dir}: no checkpoint.pt that fits ({error!r:.200})")
     return step, updates, evaluations
 
 
@@ -722,11 +641,94 @@ def describe_run(run_dir, args):
     write(run_dir / "args.json", lambda file: file.write(text.encode()))
 
 
+# ------------------------------------------------------------------------------------- Command line
+
+LIMITS = (  # lowest and highest value of options
+    (0, 2**32 - 1, "seed"),
+    (0, 10**12, "eval_every"),
+    (1, 10**12, "total_steps save_every"),
+    (1, 10**6, "num_steps epochs minibatches"),
+    (1, 10**4, "eval_episodes num_envs hidden_sizes"),
+    (0, 1, "learning_rate gamma gae_lambda"),
+    (0, 1e6, "clip value_coef entropy_coef target_kl max_grad_norm"),
+    (0, 1, "bn_momentum"),  # NORM flag: a weight
+    (0, 10**12, "bn_warmup bn_recalibrate"),  # NORM flag: counts
+)
+
+
+def fail(message):
+    """End with exit code 2 and one line that says what to do."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse(**default):
+    """Return the options of the command line; of tyro's box about a mistake print one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, **default)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        rows = (row[1:-1].strip() for row in box.getvalue().splitlines()[1:])  # without the frame
+        fail(" ".join(row for row in rows if row.strip("─-")))
+
+
+# NORM begin: flag: what was asked for beyond --norm
+def changed_norm_options(args):
+    """Return {name: value} of the options of normalization that are not at their defaults."""
+    names = [k for k in vars(args) if k.startswith(("norm_", "bn_", "reward_norm"))]
+    return {k: getattr(args, k) for k in names if getattr(args, k) != getattr(Args, k)}
+
+
+# NORM end
+def check(args):
+    """End with one line if an option is out of range or options make no sense together."""
+    for low, high, names in LIMITS:
+        for name in names.split():
+            if not all(low <= value <= high for value in np.atleast_1d(getattr(args, name))):
+                fail(f"--{name.replace('_', '-')} is out of range: choose from {low} to {high}")
+    if not args.hidden_sizes:
+        fail("--hidden-sizes needs at least one width")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda finds no GPU: use --device cpu")
+    if args.network == "linear" and args.hidden_sizes != Args.hidden_sizes:
+        fail("--hidden-sizes needs hidden layers: drop --network linear")
+    if args.num_envs * args.num_steps % args.minibatches:
+        steps = args.num_envs * args.num_steps
+        fail(f"--minibatches {args.minibatches} must divide --num-envs x --num-steps, {steps}")
+    if args.num_envs * args.num_steps < 2 * args.minibatches:
+        fail(f"--minibatches {args.minibatches} leaves one sample in each: use fewer")
+    # NORM begin: flag: a switch that could change nothing is a mistake
+    is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)
+    for name in changed:
+        option = "--" + name.replace("_", "-")
+        if name.startswith("bn_") and not is_batch:
+            fail(f"{option} needs --norm batchnorm or batchrenorm, not {args.norm}")
+        if name in ("norm_position", "norm_net") and args.norm in ("none", "zfilter", "fixed"):
+            fail(f"{option} needs --norm batchnorm, batchrenorm or layernorm, not {args.norm}")
+    if "bn_warmup" in changed and args.norm != "batchrenorm":
+        fail("--bn-warmup needs --norm batchrenorm")
+    if (args.norm == "fixed") != bool(args.norm_stats):
+        fail("--norm fixed and --norm-stats runs/.../obs_stats.npz need each other")
+    has_layers = is_batch or args.norm == "layernorm"
+    if has_layers and args.network == "linear" and args.norm_position != ("input",):
+        fail("--network linear has no hidden layer: use --norm-position input")
+    if args.network == "cnn" and args.norm == "batchrenorm":
+        fail("--norm batchrenorm is for vectors: use --norm batchnorm with --network cnn")
+    if is_batch and args.num_envs < 2:
+        fail("--num-envs 1 has no batch statistics: use 2 or more")
+    if args.bn_recalibrate and args.norm_net == "critic":
+        fail("--bn-recalibrate needs batch norm in the actor: drop --norm-net critic")
+    # NORM end
+
+
 # ------------------------------------------------------------------------------------------ Train
 
 
 class Checked(gym.Wrapper):
-    """Keeps actions to their bounds, and plays a death that pays NaN where float32 cannot go on:
+    """Clips actions to their bounds; ends an episode by reward NaN where float32 cannot go on:
 
     after an observation of 1e18 or more, whose square nears its limit, a reward of 1e38, or NaN.
     """
@@ -739,7 +741,7 @@ class Checked(gym.Wrapper):
     def step(self, action):
         space = self.action_space
         if isinstance(space, gym.spaces.Box):
-            action = np.clip(action, space.low, space.high)  # rounding may have crossed them
+            action = np.clip(action, space.low, space.high)  # a Gaussian, or rounding, crosses them
         if self.is_sound and np.isfinite(action).all():
             obs, reward, terminated, truncated, info = self.env.step(action)
             if (np.abs(obs) < 1e18).all() and abs(reward) < 1e38:
@@ -893,11 +895,9 @@ def train(args, stop=()):
         batch = make_batch(rollout, state_value(agent, obs, args), args)
         losses, taken = update(agent, batch, rng, args)
         updates += taken
-        learnt = *agent.actor.parameters(), *agent.critic.parameters()
-        diverged = not all(
-            x.isfinite().all()
-            for x in (*learnt, losses["policy"], losses["critic"], rollout.reward)
-        )
+        learnt = *agent.actor.parameters(), *agent.critic.parameters(), rollout.reward
+        finite = (x.isfinite().all() for x in (*learnt, losses["policy"], losses["critic"]))
+        diverged = not all(finite)
         # report
         if diverged:
             break

@@ -11,7 +11,7 @@ Run:
       --norm batchrenorm --norm-position input post --bn-momentum 0.01  # NORM flag: CrossQ's layers
       --adam-beta1 0.5 --policy-delay 3 --critic-hidden-sizes 2048 2048  # NORM flag: CrossQ
   Renormalization begins after a layer's 100000th training pass: until then  # NORM flag: warm-up
-  CrossQ is plain batch norm, in the delayed actor for 300000 updates.  # NORM flag: warm-up
+  CrossQ is batch norm, in the delayed actor for 300000 updates.  # NORM flag: warm-up
 
 Implementation details, sections and equations of the paper (arXiv 1812.05905) unless said:
   (1) Replay of raw transitions, sampled uniformly (Algorithm 1).
@@ -30,7 +30,7 @@ Implementation details, sections and equations of the paper (arXiv 1812.05905) u
   hidden layers  256, 256                           the same
   batch, tau     256, 0.005                         the same
   gamma, replay  0.99, one million                  the same
-  entropy        minus the action's dimension       the same
+  entropy        minus the action's dimension       the same number, but of scaled actions (9)
 """
 
 import contextlib
@@ -88,7 +88,7 @@ class Args:
     norm_stats: str = ""  # fixed: the obs_stats.npz of an earlier run
     # weight of the newest batch in the running statistics (torch's sense; TF and JAX: 1 - this)
     bn_momentum: float = 0.1
-    # batchrenorm: a layer's first passes in train mode, which are plain batch norm (CrossQ: 100000)
+    # batchrenorm: a layer's first passes in train mode, which are batch norm (CrossQ: 100000)
     bn_warmup: int = 100_000
     # target networks use the running statistics, copied from the live ones, or their own batch's
     bn_target: Literal["eval", "train"] = "eval"
@@ -117,87 +117,6 @@ class Args:
     target_network: bool = True  # no: bootstrap from the live networks
 
 
-LIMITS = (  # lowest and highest value of options
-    (0, 2**32 - 1, "seed"),
-    (0, 10**12, "eval_every learning_starts"),
-    (1, 10**12, "total_steps save_every buffer_size"),
-    (1, 10**6, "batch_size"),
-    (1, 10**4, "eval_episodes hidden_sizes"),
-    (1, 10**4, "critic_hidden_sizes policy_delay"),
-    (0, 1, "actor_lr critic_lr alpha_lr gamma tau"),
-    (0, 0.9999, "adam_beta1"),
-    (0, 1e6, "max_grad_norm"),
-    (-1e6, 1e6, "target_entropy"),
-    (-40, 40, "log_std_min log_std_max"),  # float32 holds such a variance
-    (0, 1, "bn_momentum"),  # NORM flag: a weight
-    (0, 10**12, "bn_warmup"),  # NORM flag: a count
-)
-
-
-def fail(message):
-    """End with exit code 2 and one line that says what to do."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse(**default):
-    """Return the options of the command line; of tyro's box about a mistake print one line."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, **default)
-    except SystemExit as end:
-        if not end.code:  # --help
-            raise
-        rows = (row[1:-1].strip() for row in box.getvalue().splitlines()[1:])  # without the frame
-        fail(" ".join(row for row in rows if row.strip("─-")))
-
-
-# NORM begin: flag: what was asked for beyond --norm
-def changed_norm_options(args):
-    """Return {name: value} of the options of normalization that are not at their defaults."""
-    names = [k for k in vars(args) if k.startswith(("norm_", "bn_", "reward_norm"))]
-    return {k: getattr(args, k) for k in names if getattr(args, k) != getattr(Args, k)}
-
-
-# NORM end
-def check(args):
-    """End with one line if an option is out of range or options make no sense together."""
-    for low, high, names in LIMITS:
-        for name in names.split():
-            if getattr(args, name) is None is getattr(Args, name):
-                continue  # --target-entropy has a default of its own
-            if not all(low <= value <= high for value in np.atleast_1d(getattr(args, name))):
-                fail(f"--{name.replace('_', '-')} is out of range: choose from {low} to {high}")
-    if not args.hidden_sizes:
-        fail("--hidden-sizes needs at least one width")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda finds no GPU: use --device cpu")
-    if not args.target_network and args.tau != Args.tau:
-        fail("--tau needs target networks: drop --no-target-network")
-    if args.log_std_min > args.log_std_max:
-        fail("--log-std-min is above --log-std-max: lower it")
-    # NORM begin: flag: a switch that could change nothing is a mistake
-    is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)
-    for name in changed:
-        option = "--" + name.replace("_", "-")
-        if name.startswith("bn_") and not is_batch:
-            fail(f"{option} needs --norm batchnorm or batchrenorm, not {args.norm}")
-        if name in ("norm_position", "norm_net") and args.norm in ("none", "zfilter", "fixed"):
-            fail(f"{option} needs --norm batchnorm, batchrenorm or layernorm, not {args.norm}")
-        if name in ("bn_policy_critic", "bn_joint", "bn_target") and args.norm_net == "actor":
-            fail(f"{option} needs batch norm in the critic: drop --norm-net actor")
-    if "bn_warmup" in changed and args.norm != "batchrenorm":
-        fail("--bn-warmup needs --norm batchrenorm")
-    if args.bn_target == "train" and not args.target_network:
-        fail("--bn-target train needs target networks: drop --no-target-network")
-    if (args.norm == "fixed") != bool(args.norm_stats):
-        fail("--norm fixed and --norm-stats runs/.../obs_stats.npz need each other")
-    if is_batch and args.batch_size < 2:
-        fail("--batch-size 1 has no batch statistics: use 2 or more")
-    # NORM end
-
-
 # NORM begin: layer: what --norm builds, and where --norm-position puts it
 # --------------------------------------------------------------------------- Normalization layers
 
@@ -207,7 +126,8 @@ class BatchRenorm(nn.BatchNorm1d):
 
     Training: y = gamma (x_hat r + d) + beta, where x_hat is batch norm's and the constants
     r = std_B / std and d = (mean_B - mean) / std lead to the running statistics: with r and d
-    unclipped, train and eval mode agree. r = 1 and d = 0, as in the warm-up, is batch norm.
+    unclipped, train and eval mode agree. r = 1 and d = 0, as in the warm-up, is batch norm, with
+    epsilon 1e-3 where torch's has 1e-5.
     """
 
     r_max, d_max = 3.0, 5.0
@@ -294,7 +214,7 @@ class Actor(nn.Module):
         normal = torch.distributions.Normal(mean, log_std.clamp(*self.log_std_bounds).exp())
         u = normal.rsample()
         action = torch.tanh(u) * self.action_scale + self.action_bias
-        # log |da/du| = log scale + log(1 - tanh(u)^2), written so that it does not overflow
+        # log |da/du| = log scale + log(1 - tanh(u)^2), finite also where tanh(u) rounds to 1
         log_slope = self.action_scale.log() + 2 * (math.log(2) - u - F.softplus(-2 * u))
         return action, (normal.log_prob(u) - log_slope).sum(1)
 
@@ -602,7 +522,7 @@ def norm_scalars(agent, batch):
 
 @torch.no_grad()
 def q_bias(agent, episodes, gamma):
-    """Return mean and std over states of (Q(s, a) - G) / max(|G|, 10), after REDQ.
+    """Return mean and std over states of (Q(s, a) - G) / max(|G|, 10), after REDQ's code.
 
     Here actions are the policy's means, in REDQ they are drawn: where noise costs reward, Q, which
     is of the noisy policy, lies below G without any error.
@@ -666,7 +586,7 @@ def load_run(run_dir, agent, generators):
     """Restore what `save_run` wrote and return its progress; nothing in the file is executed."""
     try:
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if state.get("env", agent.env) != agent.env:
+        if state["env"] != agent.env:
             raise ValueError(f"it is of {state['env']}")
         for part in PARTS:
             getattr(agent, part).load_state_dict(state[part])
@@ -676,8 +596,7 @@ def load_run(run_dir, agent, generators):
             generator.bit_generator.state = saved
         step, updates, evaluations = state["progress"]
     except Exception as error:
-        about = f"{type(error).__name__}: {error}"[:200]
-        fail(f"--resume {run_dir}: no checkpoint.pt that fits ({about})")
+        fail(f"--resume {run_dir}: no checkpoint.pt that fits ({error!r:.200})")
     return step, updates, evaluations
 
 
@@ -738,11 +657,94 @@ def describe_run(run_dir, args):
     write(run_dir / "args.json", lambda file: file.write(text.encode()))
 
 
+# ------------------------------------------------------------------------------------- Command line
+
+LIMITS = (  # lowest and highest value of options
+    (0, 2**32 - 1, "seed"),
+    (0, 10**12, "eval_every learning_starts"),
+    (1, 10**12, "total_steps save_every buffer_size"),
+    (1, 10**6, "batch_size"),
+    (1, 10**4, "eval_episodes hidden_sizes"),
+    (1, 10**4, "critic_hidden_sizes policy_delay"),
+    (0, 1, "actor_lr critic_lr alpha_lr gamma tau"),
+    (0, 0.9999, "adam_beta1"),
+    (0, 1e6, "max_grad_norm"),
+    (-1e6, 1e6, "target_entropy"),
+    (-40, 40, "log_std_min log_std_max"),  # float32 holds such a variance
+    (0, 1, "bn_momentum"),  # NORM flag: a weight
+    (0, 10**12, "bn_warmup"),  # NORM flag: a count
+)
+
+
+def fail(message):
+    """End with exit code 2 and one line that says what to do."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse(**default):
+    """Return the options of the command line; of tyro's box about a mistake print one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, **default)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        rows = (row[1:-1].strip() for row in box.getvalue().splitlines()[1:])  # without the frame
+        fail(" ".join(row for row in rows if row.strip("─-")))
+
+
+# NORM begin: flag: what was asked for beyond --norm
+def changed_norm_options(args):
+    """Return {name: value} of the options of normalization that are not at their defaults."""
+    names = [k for k in vars(args) if k.startswith(("norm_", "bn_", "reward_norm"))]
+    return {k: getattr(args, k) for k in names if getattr(args, k) != getattr(Args, k)}
+
+
+# NORM end
+def check(args):
+    """End with one line if an option is out of range or options make no sense together."""
+    for low, high, names in LIMITS:
+        for name in names.split():
+            if getattr(args, name) is None is getattr(Args, name):
+                continue  # --target-entropy has a default of its own
+            if not all(low <= value <= high for value in np.atleast_1d(getattr(args, name))):
+                fail(f"--{name.replace('_', '-')} is out of range: choose from {low} to {high}")
+    if not args.hidden_sizes:
+        fail("--hidden-sizes needs at least one width")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda finds no GPU: use --device cpu")
+    if not args.target_network and args.tau != Args.tau:
+        fail("--tau needs target networks: drop --no-target-network")
+    if args.log_std_min > args.log_std_max:
+        fail("--log-std-min is above --log-std-max: lower it")
+    # NORM begin: flag: a switch that could change nothing is a mistake
+    is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)
+    for name in changed:
+        option = "--" + name.replace("_", "-")
+        if name.startswith("bn_") and not is_batch:
+            fail(f"{option} needs --norm batchnorm or batchrenorm, not {args.norm}")
+        if name in ("norm_position", "norm_net") and args.norm in ("none", "zfilter", "fixed"):
+            fail(f"{option} needs --norm batchnorm, batchrenorm or layernorm, not {args.norm}")
+        if name in ("bn_policy_critic", "bn_joint", "bn_target") and args.norm_net == "actor":
+            fail(f"{option} needs batch norm in the critic: drop --norm-net actor")
+    if "bn_warmup" in changed and args.norm != "batchrenorm":
+        fail("--bn-warmup needs --norm batchrenorm")
+    if args.bn_target == "train" and not args.target_network:
+        fail("--bn-target train needs target networks: drop --no-target-network")
+    if (args.norm == "fixed") != bool(args.norm_stats):
+        fail("--norm fixed and --norm-stats runs/.../obs_stats.npz need each other")
+    if is_batch and args.batch_size < 2:
+        fail("--batch-size 1 has no batch statistics: use 2 or more")
+    # NORM end
+
+
 # ------------------------------------------------------------------------------------------ Train
 
 
 class Checked(gym.Wrapper):
-    """Keeps actions to their bounds, and plays a death that pays NaN where float32 cannot go on:
+    """Clips actions to their bounds; ends an episode by reward NaN where float32 cannot go on:
 
     after an observation of 1e18 or more, whose square nears its limit, a reward of 1e38, or NaN.
     """
@@ -755,7 +757,7 @@ class Checked(gym.Wrapper):
     def step(self, action):
         space = self.action_space
         if isinstance(space, gym.spaces.Box):
-            action = np.clip(action, space.low, space.high)  # rounding may have crossed them
+            action = np.clip(action, space.low, space.high)  # a Gaussian, or rounding, crosses them
         if self.is_sound and np.isfinite(action).all():
             obs, reward, terminated, truncated, info = self.env.step(action)
             if (np.abs(obs) < 1e18).all() and abs(reward) < 1e38:

@@ -49,7 +49,8 @@ GRADIENT_STEPS = 10 * 32  # PPO's in an update
 
 @dataclass
 class Args:
-    what: tuple[Literal["speed", "shares", "growth", "pair"], ...] = ("speed",)  # see the functions
+    # see the functions of these names
+    what: tuple[Literal["speed", "shares", "growth", "pair", "inductor"], ...] = ("speed",)
     env: tuple[str, ...] = ("HalfCheetah-v4", "Ant-v4")  # Gymnasium ids
     script: tuple[Literal["ddpg_bn", "sac_bn", "ppo_bn"], ...] = ("ddpg_bn", "sac_bn", "ppo_bn")
     repeat: int = 5  # repetitions of each cell
@@ -314,6 +315,32 @@ def pair(args):
                 process.start()
             sums.append(sum(queue.get() for _ in processes))
         print(f"one {sums[0]:.0f} steps a second, two {sums[1]:.0f}: {sums[1] / sums[0]:.2f}")
+
+
+def inductor(args):
+    """Print milliseconds of an update off-policy as it is, and with losses through torch.compile.
+
+    It needs a C++ compiler. What compiling takes is not in it: the first updates do not count.
+    """
+    print("| script | `--norm` | as it is | torch.compile | repetition by repetition |")
+    print("|---|---|---|---|---|")
+    losses = "critic_loss", "actor_loss"
+    for name, norm in itertools.product(args.script, ("none", "batchnorm", "batchrenorm")):
+        if name == "ppo_bn":
+            continue
+        script = importlib.import_module(name)
+        plain = {loss: getattr(script, loss) for loss in losses}
+        compiled = {loss: torch.compile(f) for loss, f in plain.items()}
+        found = []
+        for _, functions in itertools.product(range(args.repeat), (plain, compiled)):
+            vars(script).update(functions)
+            found.append(time_script(name, args.env[0], norm, args.updates)[1])
+        vars(script).update(plain)
+        ms = np.array(found).reshape(-1, 2)
+        ratios = ms[:, 1] / ms[:, 0]
+        shown = [f"{x:.2f} ms" for x in np.median(ms, axis=0)]
+        shown.append(f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(f"| `{name}.py` | {norm} | {' | '.join(shown)} |", flush=True)
 
 
 if __name__ == "__main__":
