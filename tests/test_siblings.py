@@ -45,4 +45,4 @@ def test_banners_stand_in_the_same_order():
         [line for line in inspect.getsource(script).splitlines() if line.startswith("# ----")]
         for script in SCRIPTS
     ]
-    assert all(found == banners[0] for found in banners) and len(banners[0]) == 8
+    assert all(found == banners[0] for found in banners) and len(banners[0]) == 9
