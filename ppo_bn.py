@@ -385,7 +385,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 
 def update(agent, batch, rng, args):
-    """Return losses of the last minibatch, kl of the last epoch, and the number of updates."""
+    """Learn from a rollout; return losses (kl: the last epoch's) and the number of steps taken."""
     # NORM begin: report: first_ratio is max |ratio - 1| over the minibatch of the first step
     # No weight has changed yet: what differs from 1 is another mode, or other batch statistics.
     # NORM end
