@@ -120,7 +120,7 @@ PICTURES = {
         },
         (HALF_CHEETAH, HOPPER),
         ("eval/return",),
-        False,
+        True,
     ),
     "stretch": Picture(
         {
@@ -475,10 +475,9 @@ def final_table(data, known, picture):
     """Return the table of final returns of a picture's cells."""
     head, rows = ["options"], [[label] for label in picture.labels.values()]
     for env in picture.envs:
-        head += [f"{env}: final return, IQM (95 % interval)", "each seed"]
+        head.append(f"{env}: final return, IQM (95 % interval)")
         for row, cell in zip(rows, picture.labels, strict=True):
-            x = values(data, cell, env, LAST)
-            row += [with_interval(x), ", ".join(f"{v:.0f}" for v in x)]
+            row.append(with_interval(values(data, cell, env, LAST)))
     return table(head, rows)
 
 
