@@ -182,6 +182,8 @@ SUMMARY = {  # words: cell of each family, where it has one
     "fixed, by statistics of that": "fixed-2",
     "layernorm": "layernorm",
     "layernorm, --no-target-network": "layernorm-no-target",
+    "layernorm, --norm-position pre": "layernorm-pre",
+    "layernorm, --norm-position pre --no-target-network": "layernorm-pre-no-target",
     "batchnorm": "batchnorm",
     "batchnorm, --norm-position pre": "pre",
     "batchnorm, --norm-net actor": "batchnorm-actor",
