@@ -177,6 +177,9 @@ PICTURES = {
 SUMMARY = {  # words: cell of each family, where it has one
     "none": "none",
     "none, --no-target-network": "none-no-target",
+    "none, --hidden-sizes 256": "one-layer",
+    "none, --actor-lr 1e-4": "low-rate",
+    "none, --max-grad-norm 1": "clipped",
     "zfilter": "zfilter",
     "fixed, by statistics of none": "fixed-1",
     "fixed, by statistics of that": "fixed-2",
