@@ -188,6 +188,7 @@ SUMMARY = {  # words: cell of each family, where it has one
     "layernorm, --norm-position pre": "layernorm-pre",
     "layernorm, --norm-position pre --no-target-network": "layernorm-pre-no-target",
     "batchnorm": "batchnorm",
+    "batchnorm, --actor-lr 0": "frozen",
     "batchnorm, --norm-position pre": "pre",
     "batchnorm, --norm-net actor": "batchnorm-actor",
     "batchnorm, --norm-net critic": "batchnorm-critic",
