@@ -725,10 +725,13 @@ def make(data, known, claims, figures):
         *(claim_page(data, known, claim, figures) for claim in claims.values()), strict=True
     )
     judged, open_yet = ([row for row in rows if bool(row[3]) == x] for x in (True, False))
-    blocks["claims"] = table(["claim", "who says it", "verdict", "figure", "why"], judged)
-    if open_yet:
-        words = ", ".join(f"{row[0].split(':')[0]} {row[4].split(' runs')[0]}" for row in open_yet)
-        blocks["claims"] += f"\n\nNo verdict yet. Runs that are missing: {words}."
+    hold, refuted, undecided = (
+        sum(row[2] == verdict for row in rows) for verdict in ("holds", "refuted", "not decided")
+    )
+    waiting = ", ".join(f"{row[0].split(':')[0]} ({row[4]})" for row in open_yet) or "none"
+    blocks["claims"] = f"{hold} claims hold, {refuted} are refuted, {undecided} are not decided by "
+    blocks["claims"] += f"their runs. Without a verdict yet: {waiting}.\n\n"
+    blocks["claims"] += table(["claim", "who says it", "verdict", "figure", "why"], judged)
     return blocks, "\n".join([HEAD, *pages])
 
 
