@@ -360,7 +360,7 @@ def critic_loss(agent, batch, args):
 def actor_loss(agent, batch, args):
     """Return -mean Q(s, mu(s)) (6)."""
     agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
-    # NORM begin: mode: on this line hangs most of "batch norm fails in off-policy RL"
+    # NORM begin: mode: train mode here hides from the actor what Q makes of its actions
     # In train mode each feature's mean over the batch is beta, whatever mu does. With that layer
     # last before the output, mean Q = w beta + b: no gradient but rounding, which Adam follows.
     agent.critic.train(args.bn_policy_critic == "train")

@@ -145,7 +145,10 @@ PICTURES = {
         True,
     ),
     "crossq": Picture(
-        {"sac-plain": "SAC", "sac-plain-crossq": "CrossQ (with critics 512 wide, not 2048)"},
+        {
+            "sac-plain": "SAC",
+            "sac-plain-crossq": "CrossQ (critics 512 wide, not 2048; batch norm to the end)",
+        },
         (HALF_CHEETAH,),
         ("eval/return", "norm/q_bias"),
         True,
