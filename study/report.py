@@ -95,11 +95,11 @@ PUBLISHED = {  # cell, environment: what others report
     ("sac-million", "HalfCheetah-v4"): "9635 ± 1424 (CleanRL, 3 seeds, training return)",
 }
 LAST = "eval/return last 1"
-HALF_CHEETAH, HOPPER, CARTPOLE = "HalfCheetah-v4", "Hopper-v4", "CartPole-v1"
+HALF_CHEETAH, HOPPER, ANT, CARTPOLE = "HalfCheetah-v4", "Hopper-v4", "Ant-v4", "CartPole-v1"
 
 
 class Picture(NamedTuple):
-    """What stands in README.md between the markers of its name, once its cells are run."""
+    """What stands in README.md between the markers of its name, of those of its cells with runs."""
 
     labels: dict[str, str]  # {cell: words}
     envs: tuple[str, ...]
@@ -120,6 +120,18 @@ PICTURES = {
         },
         (HALF_CHEETAH, HOPPER),
         ("eval/return",),
+        True,
+    ),
+    "main": Picture(
+        {
+            "ddpg-main-none": "none",
+            "ddpg-main-layernorm": "layernorm",
+            "ddpg-main-zfilter": "zfilter",
+            "ddpg-main-batchnorm": "batchnorm",
+            "ddpg-main-eval-policy-critic": f"batchnorm, {REPAIRED}",
+        },
+        (ANT,),
+        ("eval/return", "norm/q_bias"),
         True,
     ),
     "stretch": Picture(
@@ -483,7 +495,13 @@ def missing(data, of):
     return {name: n for name, n in found.items() if n}
 
 
-def final_table(data, known, picture):
+def told(gone, of):
+    """Return (how many of the runs of cells are missing, of which cells), in words."""
+    words = f"{sum(gone.values())} of {sum(len(cell.runs()) for cell in of)} runs are missing"
+    return words, ", ".join(f"`{name}` ({n})" for name, n in gone.items())
+
+
+def final_table(data, picture):
     """Return the table of final returns of a picture's cells."""
     head, rows = ["options"], [[label] for label in picture.labels.values()]
     for env in picture.envs:
@@ -580,9 +598,7 @@ def claim_page(data, known, claim, figures):
     parts = [f"## {name}. {claim['says']}", f"Said by: {claim['source']}."]
     row = [f"{name}: {claim['says']}", claim["source"]]
     gone = missing(data, every.values())
-    total = sum(len(cell.runs()) for cell in every.values())
-    words = f"{sum(gone.values())} of {total} runs are missing"
-    listed = ", ".join(f"`{x}` ({n})" for x, n in gone.items())
+    words, listed = told(gone, every.values())
     # what cannot change the verdict does not delay it: one comparison is enough to refute
     done = {side: finished(data, known, claim.get(side, [])) for side in ("compare", "also")}
     rules = done["compare"] + [rule for rule in done["also"] if not rule.startswith(ORDER)]
@@ -608,7 +624,7 @@ def claim_page(data, known, claim, figures):
     notes += [f"{words}, which cannot change that: {listed}."] if gone else []
     parts += [metric, *notes, f"![{name}](figures/{name}.svg)", table(head, rows)]
     parts += [seeds_table(data, known, claim), *onsets(data, known, claim), commands]
-    reason = ". ".join([why(known, claim, decisive), *notes])
+    reason = " ".join([f"{why(known, claim, decisive)}.", *notes])
     row += [verdict, f"[figure](study/figures/{name}.svg)", reason]
     return "\n\n".join(parts), row
 
@@ -696,12 +712,18 @@ def make(data, known, claims, figures):
     blocks = {"plain": plain_table(data, known)}
     for name, picture in PICTURES.items():
         labels, envs, scalars, has_table = picture
-        if missing(data, [known[cell].within(*envs) for cell in labels]):
-            blocks[name] = not_made(labels)
+        of = [known[cell].within(*envs) for cell in labels]
+        gone = missing(data, of)
+        labels = {x: label for x, label in labels.items() if all((x, env) in data for env in envs)}
+        if not labels:
+            blocks[name] = not_made(picture.labels)
             continue
         words = " and ".join(UNITS[scalar].split(" (")[0] for scalar in scalars)
         blocks[name] = f"![{words}, {' and '.join(envs)}](study/figures/{name}.svg)"
-        blocks[name] += f"\n\n{final_table(data, known, picture)}" * has_table
+        if has_table:
+            blocks[name] += f"\n\n{final_table(data, picture._replace(labels=labels))}"
+        if gone:
+            blocks[name] += "\n\n{}: {}.".format(*told(gone, of))
         if figures:
             script = known[next(iter(labels))].script
             panels = [(script, env, scalar) for env in envs for scalar in scalars]

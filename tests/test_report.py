@@ -135,6 +135,17 @@ def test_a_verdict_waits_for_what_decides_it_only(root):
     assert row[2] == "holds"
 
 
+def test_a_picture_shows_the_cells_that_have_runs_and_tells_which_are_missing(root):
+    (root / "study/results/ddpg-batchnorm/Hopper-v4-seed3.csv").unlink()
+    claims, known = cells.load()
+    data = report.read(root / "study/results")
+    first = report.make(data, known, {"Z6": claims["Z6"]}, None)[0]["first"]
+    rows = [line.split(" | ")[0] for line in first.splitlines() if line.startswith("| ")]
+    assert rows == ["| options", "| ---", "| none", "| batchnorm"]
+    assert "\n\n31 of 42 runs are missing: `ddpg-layernorm` (6), " in first
+    assert "`ddpg-batchnorm` (1)" in first and "`ddpg-none`" not in first
+
+
 def test_one_run_has_no_interval():
     assert np.isnan(report.interval([1.0])).all()
     assert report.with_interval([1.0]) == "1" and report.with_interval([]) == "no run"
