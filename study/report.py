@@ -212,6 +212,7 @@ SUMMARY = {  # words: cell of each family, where it has one
     "batchnorm: act eval, learn train": "eval-train",
     "the same, --norm-position input": "input",
     "batchnorm: act train, learn train": "train-train",
+    "batchnorm, --bn-joint --bn-target train": "two-choices",
     f"batchnorm, {REPAIRED}": "eval-policy-critic",
     "+ --norm-position pre": "pre-eval-policy-critic",
     "+ --norm batchrenorm (in its warm-up: epsilon 1e-3)": "epsilon",
