@@ -129,6 +129,7 @@ PICTURES = {
             "ddpg-main-zfilter": "zfilter",
             "ddpg-main-batchnorm": "batchnorm",
             "ddpg-main-eval-policy-critic": f"batchnorm, {REPAIRED}",
+            "ddpg-main-target-train": "+ --bn-target train",
             "ddpg-main-joint-target-train": "+ --bn-joint --bn-target train",
         },
         (ANT,),
