@@ -1,6 +1,7 @@
 """ddpg_bn.py: each trap that it could fall into, against something worked out independently."""
 
 import copy
+import itertools
 
 import gymnasium as gym
 import numpy as np
@@ -353,6 +354,21 @@ def test_train_mode_batch_norm_before_the_output_has_no_policy_gradient(norm):
     agent.actor.double(), agent.critic.double()
     rest = grad_norm(ddpg_bn.actor_loss(agent, batch, args), agent.actor)
     assert noise > 1e-3 and rest < 1e-6 * noise, (noise, rest)
+
+
+def test_two_passes_fix_the_mean_of_the_target_and_one_pass_that_of_both_halves():
+    agent, batch, args = make_agent(norm="batchnorm", bn_target="train", n=256)
+    fit_critic(agent, batch)
+    agent.critic_target.load_state_dict(agent.critic.state_dict())
+    out, bn = agent.critic_target.net[-1], agent.critic_target.net[-2]
+    constant = (out.weight[0] @ bn.bias + out.bias[0]).item()
+    means = {False: [], True: []}
+    for args.bn_joint, action in itertools.product(means, (-2.0, 2.0)):
+        q, q_next = ddpg_bn.q_values(agent, batch, torch.full((256, 1), action), args)
+        means[args.bn_joint].append((q.mean().item(), q_next.mean().item()))
+    assert np.ptp(means[False], 0).max() < 1e-4 and abs(means[False][0][1] - constant) < 1e-4
+    assert all(abs((q + q_next) / 2 - constant) < 1e-4 for q, q_next in means[True])
+    assert np.ptp(means[True], 0)[1] > 0.1  # Q' rises with what the policy does, and Q is lowered
 
 
 def policy_gradients(position):
