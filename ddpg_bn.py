@@ -330,8 +330,8 @@ def explore(agent, obs, action_space, rng, args):
 def q_values(agent, batch, next_action, args):
     """Return Q(s, a), and Q'(s', a') without gradient."""
     # NORM begin: batch: one pass, so that (s, a) and (s', a') share one mean and variance
-    # Two passes would center each on a mean of its own, and so hide from the critic how a and a'
-    # differ, while the running statistics come to know one half only.
+    # Two passes in train mode would center each on a mean of its own, and so hide from the critic
+    # how a and a' differ; the running statistics would come to know (s, a) only.
     if args.bn_joint:
         pair = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
         q, q_next = agent.critic.train()(*pair).chunk(2)
@@ -468,8 +468,9 @@ def norm_scalars(agent, batch):
 
     train_eval_gap_policy, _q, stat_lag and dead_units: see `probe`, means over layers, on the
     batch's (s, a); what else passed the critic in train mode moved its statistics too.
-    target_stretch: largest deviation of a feature of the target critic on (s', mu(s')), in running
-    deviations, by which eval mode divides: near 1 if these fit, hundreds if they are of dead units.
+    target_stretch: largest deviation of a feature of the target critic on (s', mu(s')), train mode
+    before it, in running deviations, by which eval mode divides: near 1 if these fit, hundreds if
+    they are of dead units.
     actor_grad: norm of the actor's gradient in the last update, as clipped.
     saturation: share of the components of mu(s) in the outermost 1 % at either bound.
     """
@@ -514,7 +515,7 @@ def q_bias(agent, episodes, gamma):
 
 PARTS = "actor", "critic", "actor_target", "critic_target", "buffer"
 PARTS += "actor_optimizer", "critic_optimizer"
-PARTS += "obs_stat", "obs_filter"  # NORM save: a policy is worth nothing without these
+PARTS += "obs_stat", "obs_filter"  # NORM save: a policy needs its statistics
 
 
 def write(path, save):
@@ -589,11 +590,9 @@ def make_run_dir(args):
         try:
             run_dir.mkdir(parents=True)
             return run_dir
-        except FileExistsError:
-            if args.run_dir:
-                fail(f"--run-dir {args.run_dir} exists: choose another one, or --resume it")
         except OSError as error:
-            fail(f"--run-dir {run_dir} cannot be made ({error.strerror}): choose another one")
+            if args.run_dir or not run_dir.is_dir():
+                fail(f"--run-dir {run_dir} cannot be made ({error.strerror}): choose another one")
         run_dir = run_dir.with_name(f"{name}-{k}")
 
 
@@ -733,7 +732,7 @@ def is_scalable(space):
 
 
 def make_env(args):
-    """Return the environment; end with one line if it is unknown or does not suit the algorithm."""
+    """Return one environment; end with one line if it is unknown or does not suit the algorithm."""
     try:
         env = Checked(gym.make(args.env))
     except Exception as error:

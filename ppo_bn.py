@@ -90,7 +90,7 @@ class Args:
     # learning uses the statistics of its batch, which also move the running ones, or (eval) these;
     # with both in eval mode nothing moves them: what remains is the layers' learnt scale and shift
     bn_update: Literal["train", "eval"] = "train"
-    # passes in train mode over the last rollout, each one batch, without learning, before the final
+    # passes in train mode over the last batch as a whole, without learning, before the final
     # evaluation; statistics approach the batch's at the rate of --bn-momentum
     bn_recalibrate: int = 0
     reward_norm: bool = False  # divide rewards by the running deviation of their discounted sums
@@ -609,11 +609,9 @@ def make_run_dir(args):
         try:
             run_dir.mkdir(parents=True)
             return run_dir
-        except FileExistsError:
-            if args.run_dir:
-                fail(f"--run-dir {args.run_dir} exists: choose another one, or --resume it")
         except OSError as error:
-            fail(f"--run-dir {run_dir} cannot be made ({error.strerror}): choose another one")
+            if args.run_dir or not run_dir.is_dir():
+                fail(f"--run-dir {run_dir} cannot be made ({error.strerror}): choose another one")
         run_dir = run_dir.with_name(f"{name}-{k}")
 
 
@@ -718,7 +716,7 @@ def check(args):
     if args.network == "cnn" and args.norm == "batchrenorm":
         fail("--norm batchrenorm is for vectors: use --norm batchnorm with --network cnn")
     if is_batch and args.num_envs < 2:
-        fail("--num-envs 1 has no batch statistics: use 2 or more")
+        fail("--num-envs 1 leaves train mode no batch statistics: use 2 or more")
     if args.bn_recalibrate and args.norm_net == "critic":
         fail("--bn-recalibrate needs batch norm in the actor: drop --norm-net critic")
     # NORM end

@@ -48,7 +48,7 @@ class RunningStat:
         """Restore `state_dict()`. Raises ValueError for other shapes and impossible numbers."""
         count, mean, m2 = (np.asarray(state[key], np.float64) for key in ("count", "mean", "m2"))
         if mean.shape != self.mean.shape or m2.shape != mean.shape or count.shape != ():
-            raise ValueError(f"statistics have shape {mean.shape}, not {self.mean.shape}")
+            raise ValueError(f"shapes of mean, m2 or count do not fit {self.mean.shape}")
         if not (np.isfinite([mean, m2]).all() and (m2 >= 0).all() and 0 <= count < np.inf):
             raise ValueError("statistics are not finite, or a variance or the count is negative")
         self.count, self.mean, self.m2 = int(count), mean, m2
@@ -60,8 +60,8 @@ class RunningStat:
     def load(self, file, **about):
         """Read what `save` wrote, without pickle.
 
-        Raises OSError, KeyError or ValueError for a file that is none of ours, of fewer than two
-        samples, or saved with other words about it.
+        Raises ValueError for other words about it, other shapes or fewer than two samples, and for
+        a file that is none of ours KeyError or what np.load raises.
         """
         with np.load(file, allow_pickle=False) as state:
             self.load_state_dict(state)

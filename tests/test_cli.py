@@ -195,6 +195,13 @@ def test_a_run_dir_is_never_overwritten(small, capsys):
     assert "exists" in capsys.readouterr().err
 
 
+def test_a_link_to_nowhere_is_no_folder_for_runs(small, capsys):
+    Path("runs").symlink_to("nowhere")
+    with pytest.raises(SystemExit):
+        ddpg_bn.make_run_dir(small(ddpg_bn, run_dir=""))
+    assert "cannot be made" in capsys.readouterr().err
+
+
 def test_runs_of_the_same_second_do_not_collide(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
