@@ -94,7 +94,7 @@ PUBLISHED = {  # cell, environment: what others report
     ),
     ("sac-million", "HalfCheetah-v4"): "9635 ± 1424 (CleanRL, 3 seeds, training return)",
 }
-LAST = "eval/return last 1"
+LAST, LAST_FIVE = "eval/return last 1", "eval/return last 5"
 HALF_CHEETAH, HOPPER, ANT, CARTPOLE = "HalfCheetah-v4", "Hopper-v4", "Ant-v4", "CartPole-v1"
 
 
@@ -414,7 +414,8 @@ def curves(ax, data, labels, known, env, scalar):
             continue
         seeds = [np.pad(x, ((0, 0), (0, length - x.shape[1])), "edge") for x in seeds]
         steps, y = np.max([x[0] for x in seeds], 0), np.array([x[1] for x in seeds])
-        ax.plot(steps / 1000, iqm(y, 0), color=shade, linestyle=dash, linewidth=2, label=label)
+        line = {"linestyle": dash, "linewidth": 2, "marker": "o" if len(steps) == 1 else ""}
+        ax.plot(steps / 1000, iqm(y, 0), color=shade, label=label, **line)
         low, high = interval(y)
         if not np.isnan(low).all():
             ax.fill_between(steps / 1000, low, high, color=shade, alpha=0.15, linewidth=0)
@@ -508,9 +509,10 @@ def final_table(data, picture):
     """Return the table of final returns of a picture's cells."""
     head, rows = ["options"], [[label] for label in picture.labels.values()]
     for env in picture.envs:
-        head.append(f"{env}: final return, IQM (95 % interval)")
+        head += [f"{env}: final return, IQM (95 % interval)", "mean of the last five"]
         for row, cell in zip(rows, picture.labels, strict=True):
             row.append(with_interval(values(data, cell, env, LAST)))
+            row.append(number(iqm(values(data, cell, env, LAST_FIVE))))
     return table(head, rows)
 
 
@@ -549,7 +551,11 @@ def summary_table(data, known):
             cells_of_row = [f"{family}-{name}" for name in names.split()]
             found = [x for x in cells_of_row if x in known]
             found = [x for x in found if not missing(data, [known[x].within(env)])]
-            shown.append(with_interval(values(data, found[0], env, LAST)) if found else "")
+            if not found:
+                shown.append("")
+                continue
+            last, five = (values(data, found[0], env, metric) for metric in (LAST, LAST_FIVE))
+            shown.append(f"{with_interval(last)}; {number(iqm(five))}")
         rows.append([words, *shown])
     head = [f"`{family}_bn.py`, {env}" for family, env in columns]
     used = [k for k in range(len(columns)) if any(row[k + 1] for row in rows)]

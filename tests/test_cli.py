@@ -195,7 +195,8 @@ def test_a_run_dir_is_never_overwritten(small, capsys):
     assert "exists" in capsys.readouterr().err
 
 
-def test_a_link_to_nowhere_is_no_folder_for_runs(small, capsys):
+def test_a_link_to_nowhere_is_no_folder_for_runs(small, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     Path("runs").symlink_to("nowhere")
     with pytest.raises(SystemExit):
         ddpg_bn.make_run_dir(small(ddpg_bn, run_dir=""))
