@@ -3,9 +3,10 @@
 Off-policy: 256 x 256, batch 256, one update a step. PPO: 64 x 64, 16 environments of 128 steps,
 10 epochs of 32 minibatches. REINFORCE is left out, since the work of its update is that of the
 episodes. Each cell is a short run of a script's own train(), timed between updates, so acting,
-environment, replay, learning and logging are in it, start and evaluation are not. Cells alternate
-and repeat, and study/speed keeps each repetition. On Linux the process keeps to as many cores as
---threads says, which JAX would not do by itself.
+environment, replay and learning are in it, start and evaluation are not, and logging is in PPO's
+only (off-policy it comes every thousand steps). Cells alternate and repeat, and study/speed keeps
+each repetition. On Linux the process keeps to as many cores as --threads says, which JAX would not
+do by itself.
 
 The floor is the time of the environment's steps and of the bare matrix products of the updates, of
 the same shapes, one after the other in the same process.
@@ -15,6 +16,7 @@ they are installed.
 """
 
 import contextlib
+import csv
 import importlib
 import importlib.metadata
 import io
@@ -213,7 +215,9 @@ def speed(args):
     print(file=sys.stderr)
     for env in args.env:
         file = SPEED / f"{env}-{args.threads}-threads.csv"
-        write(file, [row for row in rows if row["env"] == env], tuple(rows[0]))
+        old = csv.DictReader(file.read_text().splitlines()) if file.exists() else []
+        kept = [row for row in old if row["script"] not in args.script]
+        write(file, kept + [row for row in rows if row["env"] == env], tuple(rows[0]))
     print(table(rows))
 
 
@@ -298,8 +302,10 @@ def growth(args):
 
 
 def a_process(args, queue):
-    """Put the speed of a script, in a process that keeps to one thread, into the queue."""
+    """Put the speed of a script, in a process of one thread on any core, into the queue."""
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count()))
     queue.put(time_script(args.script[0], args.env[0], "none", args.updates)[0])
 
 
@@ -347,7 +353,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
-    if hasattr(os, "sched_setaffinity") and args.what != ("pair",):
+    if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     print(f"torch {torch.__version__}, {args.threads} thread(s), {args.repeat} repetitions\n")
     for what in args.what:

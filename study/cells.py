@@ -16,8 +16,8 @@ CLAIMS = ROOT / "study" / "claims.toml"
 RESULTS = ROOT / "study" / "results"
 RUNS = Path("runs", "study")  # as seen from ROOT
 STATISTICS = "obs_stats.npz"
-PLACE = "run_dir", "resume", "device", "norm_stats"  # options that do not tell one run from another
-BY_HAND = *PLACE, "save_every", "eval_every", "eval_episodes"  # nor, if it was made by hand
+PLACE = "run_dir", "resume", "device", "norm_stats"  # where files lie, and on what a run is made
+BY_HAND = *PLACE, "save_every"  # options that a run made by hand may choose
 
 
 class Cell(NamedTuple):
@@ -58,7 +58,7 @@ class Run(NamedTuple):
         def statistics(match):
             return str(folder / f"{self.cell.family}-{match[1]}" / self.path().name / STATISTICS)
 
-        words = shlex.split(re.sub(r"\{(.+?)\}", statistics, self.cell.options))
+        words = [re.sub(r"\{(.+?)\}", statistics, x) for x in shlex.split(self.cell.options)]
         words += ["--env", self.env, "--seed", str(self.seed)]
         return [*words, "--total-steps", str(self.cell.steps)]
 

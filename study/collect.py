@@ -1,9 +1,9 @@
 """Bring runs made by hand into study/results: python -m study.collect COMMIT RUN_FOLDER...
 
 Each run becomes one file, study/results/<cell>/<env>-seed<k>.csv, with one row for each evaluation:
-what was run, by which commit and versions and on which processor, then a column for each scalar,
-the mean of its points since the evaluation before. A run that diverged has a last row where it
-stopped. The cell is the one in claims.toml that has the run's options.
+what was run, by which commit and versions and on which processor (this machine's), then a column
+for each scalar, the mean of its points since the evaluation before. A run that diverged has a last
+row where it stopped. The cell is the one in claims.toml that has the run's options.
 """
 
 import csv
@@ -116,8 +116,8 @@ def find(run_dir, cells):
         run for run in known if (run.env, run.seed) == (env, seed) and fits(about, run, BY_HAND)
     ]
     if found and found[0].cell.needs():  # of the cells that fit, the one that its statistics are of
-        source = find(Path(about["args"]["norm_stats"]).parent, cells).cell.name
-        found = [run for run in found if source in run.cell.needs()]
+        source = find(Path(about["args"]["norm_stats"]).parent, cells)
+        found = [x for x in found if source.cell.name in x.cell.needs() and source.seed == seed]
     if not found:
         raise ValueError(f"no cell of claims.toml runs {script} on {env} so, with seed {seed}")
     return found[0]

@@ -266,9 +266,12 @@ def points(rows, scalar):
 def values(data, cell, env, metric):
     """Return a metric of each seed, nan where it is not known."""
     scalar, how = metric.split(" ", 1)
-    known = [points(rows, scalar)[1] for _, rows in sorted(data.get((cell, env), {}).items())]
-    n = int(how.split()[1]) if how.startswith("last") else 0  # 0: all
-    return [float(np.mean(x[-n:])) if len(x) else float("nan") for x in known]
+    runs = [rows for _, rows in sorted(data.get((cell, env), {}).items())]
+    if how.startswith("last"):
+        n = int(how.split()[1])
+        runs = [[row for row in rows if row.get("eval/return")][-n:] for rows in runs]
+    known = [points(rows, scalar)[1] for rows in runs]
+    return [float(np.mean(x)) if len(x) else float("nan") for x in known]
 
 
 def iqm(x, axis=-1):
@@ -579,12 +582,10 @@ def finished(data, known, rules):
 
 def verdict_of(rules, comparisons):
     """Return (verdict, the comparison that decides it) of the rules of a claim."""
-    decisive = [c for rule in rules for c in comparisons if c.rule == rule]
-    for verdict in ("refuted", "not decided", "holds"):
-        for comparison in decisive:
-            if comparison.verdict == verdict:
-                return verdict, comparison
-    return "not decided", None
+    order = "refuted", "not decided", "holds"
+    decisive = [c for c in comparisons if c.rule in rules]
+    first = min(decisive, key=lambda c: order.index(c.verdict), default=None)
+    return first.verdict if first else "not decided", first
 
 
 def why(known, claim, c):
@@ -608,7 +609,7 @@ def claim_page(data, known, claim, figures):
     row = [f"{name}: {claim['says']}", claim["source"]]
     gone = missing(data, every.values())
     words, listed = told(gone, every.values())
-    # what cannot change the verdict does not delay it: one comparison is enough to refute
+    # what cannot change the verdict does not delay it: one rule is enough to refute
     done = {side: finished(data, known, claim.get(side, [])) for side in ("compare", "also")}
     rules = done["compare"] + [rule for rule in done["also"] if not rule.startswith(ORDER)]
     comparisons = [c for rule in rules for c in compare(data, known, claim, rule)]

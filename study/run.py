@@ -176,6 +176,10 @@ class Screen:
         self.left = dict.fromkeys(runs)  # that are not done
         self.total, self.gone = len(runs), 0.0  # gone: cost of what was done since the start
 
+    def cost(self, run):
+        """Return what a run costs from where it was first seen."""
+        return (run.cell.steps - self.first.get(run, (0, 0))[1]) * COST[run.cell.script]
+
     def draw(self, steps):
         """Draw the runs that are under way, at these steps."""
         now, lines, gone = time.time(), [], self.gone
@@ -193,7 +197,7 @@ class Screen:
                     left = (now - since) * (run.cell.steps - step) / (step - before)
                     line += f", {clock(left)} left"
             lines.append(line)
-        whole = sum(run.cell.steps * COST[run.cell.script] for run in self.left) + self.gone
+        whole = sum(map(self.cost, self.left)) + self.gone
         left = f", {clock((now - self.start) * (whole - gone) / gone)} left" if gone else ""
         lines.insert(0, f"{self.total - len(self.left)} of {self.total} runs{left}")
         if sys.stdout.isatty():
@@ -204,7 +208,7 @@ class Screen:
     def done(self, run, words, steps):
         """Say that a run is done, and what came of it."""
         self.left.pop(run)
-        self.gone += (run.cell.steps - self.first.get(run, (0, 0))[1]) * COST[run.cell.script]
+        self.gone += self.cost(run)
         if sys.stdout.isatty():
             print(f"\033[{self.lines}F\033[J" * bool(self.lines), end="")
             self.lines = 0
@@ -221,7 +225,8 @@ def choose(args):
         if name not in claims and name not in known:
             fail(f"{name} is no claim ({', '.join(claims)}) and no cell of {args.file}")
         chosen += cells.cells_of(claims[name], known).values() if name in claims else [known[name]]
-    runs = {str(run.path()): run for cell in chosen for run in cell.runs()}
+    every = [run for cell in chosen for run in cell.runs()]
+    runs = {str(run.path()): run._replace(cell=known[run.cell.name]) for run in every}
     return [run for name, run in runs.items() if not (args.results / f"{name}.csv").exists()], known
 
 

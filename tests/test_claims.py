@@ -28,8 +28,10 @@ def test_what_is_compared_is_run(claim):
             continue
         left, relation, right, *where = rule.split()
         assert relation in ("<", "<=", "=", ">=", ">", "same") and left in CELLS, rule
-        assert right in CELLS or float(right) > 0, rule
-        assert not where or (where[0] == "in" and where[1] in CELLS[left].envs)
+        assert right in CELLS or re.fullmatch(r"-?\d+(\.\d+)?", right), rule
+        envs = set(where[1:] or CELLS[left].envs)
+        assert where[:1] in ([], ["in"]) and envs <= set(CELLS[left].envs), rule
+        assert right not in CELLS or envs <= set(CELLS[right].envs), rule
 
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
@@ -37,6 +39,12 @@ def test_the_options_of_a_cell_make_sense(cell):
     assert all(CELLS[need].envs == cell.envs for need in cell.needs())
     script = importlib.import_module(cell.script)
     script.check(tyro.cli(script.Args, args=cell.runs()[0].words()))
+
+
+def test_every_result_is_of_a_cell():
+    runs = [run for cell in CELLS.values() for run in cell.runs()]
+    files = {str(file.relative_to(RESULTS)) for file in RESULTS.glob("*/*")}
+    assert files <= {f"{run.path()}.csv" for run in runs}
 
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)

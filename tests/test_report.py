@@ -83,7 +83,7 @@ def test_verdicts_follow_the_rules(relation, below, around, above):
 def test_comparisons_of_runs(root, rule, verdict):
     found = report.compare(report.read(root / "study/results"), cells.load()[1], CLAIM, rule)
     assert [c.verdict for c in found] == [verdict] * len(found)
-    assert [c.env for c in found] == rule.split()[4:] or ["HalfCheetah-v4", "Hopper-v4"]
+    assert [c.env for c in found] == (rule.split()[4:] or ["HalfCheetah-v4", "Hopper-v4"])
 
 
 def test_a_run_that_diverged_counts_with_its_last_evaluation(root):
@@ -91,6 +91,19 @@ def test_a_run_that_diverged_counts_with_its_last_evaluation(root):
     values = report.values(data, "ddpg-none", "Hopper-v4", "eval/return last 1")
     assert values == [103, 104, 105]
     assert report.values(data, "ddpg-none", "Hopper-v4", "eval/return mean")[0] == 102.5
+
+
+def test_what_the_last_evaluations_do_not_know_is_unknown(root):
+    file = root / "study/results/ddpg-zfilter/Hopper-v4-seed2.csv"
+    head, first, second = file.read_text().splitlines()
+    place = head.split(",").index("norm/q_bias")
+    words = [line.split(",") for line in (first, second)]
+    words[0][place] = "7"
+    file.write_text("\n".join([head, *map(",".join, words)]))
+    data = report.read(root / "study/results")
+    for how, known in (("last 1", False), ("last 2", True), ("mean", True)):
+        value = report.values(data, "ddpg-zfilter", "Hopper-v4", f"norm/q_bias {how}")[1]
+        assert value == 7 if known else np.isnan(value)
 
 
 def test_the_onset_is_past_half_of_the_change_since_all_are_known():

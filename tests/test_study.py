@@ -117,7 +117,7 @@ def test_a_file_of_results_is_whole_or_not_there(run, tmp_path):
 
 def test_a_run_by_hand_finds_its_cell(run, tmp_path):
     known = cells.load(tmp_path / "claims.toml")[1]
-    options = {"total_steps": 2000, "eval_episodes": 1}
+    options = {"total_steps": 2000, "eval_every": 2000, "eval_episodes": 2}
     source = make(run, tmp_path / "a", norm="zfilter", **options)
     fixed = {"norm": "fixed", "norm_stats": str(source / "obs_stats.npz"), **options}
     once = make(run, tmp_path / "b", **fixed)
@@ -126,8 +126,15 @@ def test_a_run_by_hand_finds_its_cell(run, tmp_path):
     assert found == ["tiny-filter", "tiny-fixed", "tiny-fixed-2"]
     with pytest.raises(ValueError, match="no cell"):
         collect.find(make(run, tmp_path / "d", norm="layernorm", **options), known)
+    with pytest.raises(ValueError, match="no cell"):
+        collect.find(make(run, tmp_path / "e", **options | {"eval_episodes": 1}), known)
     with pytest.raises(ValueError, match="no folder of a run"):
         collect.find(tmp_path, known)
+
+
+def test_a_run_is_chosen_once_whoever_needs_it():
+    todo, known = study.run.choose(study.run.Args(("B8", "ddpg-fixed-1"), results=Path("none")))
+    assert all(run.cell == known[run.cell.name] for run in todo)
 
 
 def test_the_name_of_a_file_has_no_namespace():
