@@ -115,6 +115,7 @@ PICTURES = {
             "ddpg-layernorm-no-target": "layernorm, --no-target-network",
             "ddpg-batchnorm": "batchnorm",
             "ddpg-eval-policy-critic": f"batchnorm, {REPAIRED}",
+            "ddpg-target-train": "+ --bn-target train",
             "ddpg-joint-target-train": "+ --bn-joint --bn-target train",
             "ddpg-crossnorm": "+ --bn-joint --no-target-network",
         },
