@@ -155,7 +155,7 @@ def test_a_picture_shows_the_cells_that_have_runs_and_tells_which_are_missing(ro
     first = report.make(data, known, {"Z6": claims["Z6"]}, None)[0]["first"]
     rows = [line.split(" | ")[0] for line in first.splitlines() if line.startswith("| ")]
     assert rows == ["| options", "| ---", "| none", "| batchnorm"]
-    assert "\n\n31 of 42 runs are missing: `ddpg-layernorm` (6), " in first
+    assert "\n\n37 of 48 runs are missing: `ddpg-layernorm` (6), " in first
     assert "`ddpg-batchnorm` (1)" in first and "`ddpg-none`" not in first
 
 
