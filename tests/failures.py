@@ -237,7 +237,7 @@ FAILURES = [
         "A policy that was good when it was saved is bad after --resume, until the filter has seen"
         " enough again.",
         "ddpg_bn",
-        'PARTS += "obs_stat", "obs_filter"  # NORM save: a policy is worth nothing without these\n',
+        'PARTS += "obs_stat", "obs_filter"  # NORM save: a policy needs its statistics\n',
         "",
         "Weights come back, the statistics that they were learnt with do not.",
         "https://github.com/hill-a/stable-baselines/issues/228",
