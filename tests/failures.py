@@ -3,8 +3,8 @@
 python tests/failures.py           lists the symptoms
 python tests/failures.py 3         writes broken.py, a script with mistake 3 in it
 
-Each mistake is one edit, somebody met it or its sibling in public, and it shows a symptom that
-test_failures.py asserts: the broken script has it, the script as it is has not.
+Each mistake is one edit, somebody met it or its sibling in public, and test_failures.py asserts its
+symptom, or what causes it: the broken script has it, the script as it is has not.
 """
 
 import sys
@@ -194,13 +194,13 @@ FAILURES = [
         action_depends_on_company,
     ),
     Failure(
-        "Learning goes on as if there were no batch norm: running statistics are 0 and 1 to the end"
-        " of the run, and `norm/stat_lag` never falls.",
+        "The actor learns as if it had no batch norm: its running statistics are 0 and 1 to the end"
+        " of the run.",
         "ddpg_bn",
         "    agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves"
         " running ones\n",
         "",
-        "Nobody calls train() again after acting has called eval().",
+        "Nobody calls its train() again after acting has called eval().",
         "https://github.com/huggingface/lerobot/issues/3668",
         statistics_never_move,
     ),
