@@ -9,8 +9,8 @@ Run:
 
 Implementation details, sections and equations of the paper (Machine Learning 8, 229) unless said:
   (1) Environments act in parallel until each has ended an episode; learning sees these episodes
-      only. An environment that is done plays on until the others are: those steps count, but
-      nothing is learnt from them.
+      only. An environment that is done plays on until the others are: those steps count, but no
+      gradient comes from them.
   (2) A time-out is not a death: gamma V(s') is added to the last reward, s' being the true last
       observation (Pardo et al. 2018, arXiv 1712.00378).
   (3) Reward-to-go: an action answers for the rewards that follow it (Sutton et al. 2000).
@@ -67,7 +67,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
     eval_every: int = 20_000  # steps between evaluations; 0 for one at the end only
     eval_episodes: int = 10  # episodes of an evaluation, without noise, from the same starts
-    run_dir: str = ""  # folder of the run; default runs/<env>/<script>/<options>-seed<k>-<time>
+    run_dir: str = ""  # folder of the run; default: a new one in runs/<env>/<script>
     save_every: int = 50_000  # steps between checkpoints, which wait for the end of an iteration
     resume: str = ""  # folder of a run to continue with its own options, or to a higher total_steps
     # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
@@ -114,7 +114,7 @@ class BatchRenorm(nn.BatchNorm1d):
     Training: y = gamma (x_hat r + d) + beta, where x_hat is batch norm's and the constants
     r = std_B / std and d = (mean_B - mean) / std lead to the running statistics: with r and d
     unclipped, train and eval mode agree. r = 1 and d = 0, as in the warm-up, is batch norm, with
-    epsilon 1e-3 where torch's has 1e-5.
+    epsilon 1e-3 where torch's has 1e-5, and a biased running variance where torch's is not.
     """
 
     r_max, d_max = 3.0, 5.0
@@ -328,7 +328,7 @@ def explore(agent, obs, args):
     """Return what the policy saw, a ~ pi(a|s), log pi(a|s) and V(s), each with n rows."""
     # NORM begin: obs: what the policy saw is stored, not the raw observation
     # The filter learns on: seen through a later one, the state would get another log-probability,
-    # and the ratio in the loss would no longer be that to the policy which acted.
+    # and learning would be about another policy than the one which acted.
     # NORM end
     obs = as_input(agent, obs)
     agent.actor.train(args.bn_rollout == "train")  # NORM mode: --bn-rollout
@@ -677,14 +677,14 @@ def check(args):
         fail("--hidden-sizes needs hidden layers: drop --network linear")
     # NORM begin: flag: a switch that could change nothing is a mistake
     is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)
+    if "bn_warmup" in changed and args.norm != "batchrenorm":
+        fail("--bn-warmup needs --norm batchrenorm")
     for name in changed:
         option = "--" + name.replace("_", "-")
         if name.startswith("bn_") and not is_batch:
             fail(f"{option} needs --norm batchnorm or batchrenorm, not {args.norm}")
         if name in ("norm_position", "norm_net") and args.norm in ("none", "zfilter", "fixed"):
             fail(f"{option} needs --norm batchnorm, batchrenorm or layernorm, not {args.norm}")
-    if "bn_warmup" in changed and args.norm != "batchrenorm":
-        fail("--bn-warmup needs --norm batchrenorm")
     if (args.norm == "fixed") != bool(args.norm_stats):
         fail("--norm fixed and --norm-stats runs/.../obs_stats.npz need each other")
     has_layers = is_batch or args.norm == "layernorm"
@@ -784,11 +784,11 @@ def report_evaluation(agent, envs, args, step, writer, bar):
     return step, mean, std
 
 
-# NORM begin: report: one policy, three ways to evaluate it
+# NORM begin: report: one policy, evaluated in each mode
 def report_modes(agent, args, obs, step, writer):
-    """Log and print the final policy's return in eval mode, train mode, and after recalibration.
+    """Log and print the final policy's return in eval mode, train mode, and recalibrated.
 
-    All in --num-envs environments, as many as acted in training; recalibration stays.
+    The last needs --bn-recalibrate, and stays. All in --num-envs environments, as in training.
     """
     if args.norm_net == "critic":
         return  # the policy has no modes
@@ -893,14 +893,15 @@ def train(args, stop=()):
             diverged = not np.isfinite(evaluations[-1]).all()
             if diverged:
                 break
-        due = step // args.save_every > before // args.save_every or stop
+        stopping = bool(stop)  # read once: a signal may come at any time
+        due = step // args.save_every > before // args.save_every or stopping
         if due and step < args.total_steps:
             save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
-        if stop:
+        if stopping:
             break
     if step >= args.total_steps and not diverged:
         if args.norm.startswith("batch") and step > start_step:  # NORM report: after learning
-            report_modes(agent, args, batch.obs, step, writer)  # NORM report: three ways
+            report_modes(agent, args, batch.obs, step, writer)  # NORM report: in each mode
         new = writer if step > start_step else None  # a finished run evaluated this step before
         evaluations.append(report_evaluation(agent, eval_envs, args, step, new, bar))
         diverged = not np.isfinite(evaluations[-1]).all()

@@ -75,7 +75,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
     eval_every: int = 10_000  # steps between evaluations; 0 for one at the end only
     eval_episodes: int = 5  # episodes of an evaluation, without noise, from the same starts
-    run_dir: str = ""  # folder of the run; default runs/<env>/<script>/<options>-seed<k>-<time>
+    run_dir: str = ""  # folder of the run; default: a new one in runs/<env>/<script>
     save_every: int = 50_000  # steps between checkpoints, which wait for the end of an episode
     resume: str = ""  # folder of a run to continue with its own options, or to a higher total_steps
     # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
@@ -127,7 +127,7 @@ class BatchRenorm(nn.BatchNorm1d):
     Training: y = gamma (x_hat r + d) + beta, where x_hat is batch norm's and the constants
     r = std_B / std and d = (mean_B - mean) / std lead to the running statistics: with r and d
     unclipped, train and eval mode agree. r = 1 and d = 0, as in the warm-up, is batch norm, with
-    epsilon 1e-3 where torch's has 1e-5.
+    epsilon 1e-3 where torch's has 1e-5, and a biased running variance where torch's is not.
     """
 
     r_max, d_max = 3.0, 5.0
@@ -347,7 +347,7 @@ def q_values(agent, batch, next_action, args):
     """Return Q(s, a), and Q'(s', a') without gradient."""
     # NORM begin: batch: one pass, so that (s, a) and (s', a') share one mean and variance
     # Two passes in train mode would center each on a mean of its own, and so hide from the critic
-    # how a and a' differ; the running statistics would come to know (s, a) only.
+    # how a and a' differ; the running statistics would never come to know (s', a').
     if args.bn_joint:
         pair = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
         q, q_next = agent.critic.train()(*pair).chunk(2)
@@ -720,6 +720,8 @@ def check(args):
         fail("--log-std-min is above --log-std-max: lower it")
     # NORM begin: flag: a switch that could change nothing is a mistake
     is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)
+    if "bn_warmup" in changed and args.norm != "batchrenorm":
+        fail("--bn-warmup needs --norm batchrenorm")
     for name in changed:
         option = "--" + name.replace("_", "-")
         if name.startswith("bn_") and not is_batch:
@@ -728,8 +730,6 @@ def check(args):
             fail(f"{option} needs --norm batchnorm, batchrenorm or layernorm, not {args.norm}")
         if name in ("bn_policy_critic", "bn_joint", "bn_target") and args.norm_net == "actor":
             fail(f"{option} needs batch norm in the critic: drop --norm-net actor")
-    if "bn_warmup" in changed and args.norm != "batchrenorm":
-        fail("--bn-warmup needs --norm batchrenorm")
     if args.bn_target == "train" and not args.target_network:
         fail("--bn-target train needs target networks: drop --no-target-network")
     if (args.norm == "fixed") != bool(args.norm_stats):
@@ -888,11 +888,12 @@ def train(args, stop=()):
         if terminated or truncated:
             writer.add_scalar("charts/episodic_return", info["episode"]["r"], step)
             writer.add_scalar("charts/episodic_length", info["episode"]["l"], step)
-            if step < args.total_steps and (step >= save_step or stop):
+            stopping = bool(stop)  # read once: a signal may come at any time
+            if step < args.total_steps and (step >= save_step or stopping):
                 save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
                 save_step = step + args.save_every
             obs = None
-            if stop:
+            if stopping:
                 break
     if step >= args.total_steps and not diverged:
         new = writer if step > start_step else None  # a finished run evaluated this step before

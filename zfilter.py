@@ -61,7 +61,7 @@ class RunningStat:
         """Read what `save` wrote, without pickle.
 
         Raises ValueError for other words about it, other shapes or fewer than two samples, and for
-        a file that is none of ours KeyError or what np.load raises.
+        a file that is none of ours KeyError, TypeError or what np.load raises.
         """
         with np.load(file, allow_pickle=False) as state:
             self.load_state_dict(state)

@@ -69,6 +69,7 @@ def with_scripts(scripts, mistakes):
             ({"norm": "fixed", "norm_stats": __file__}, ["--norm-stats", "no statistics"]),
             ({"norm": "layernorm", "bn_momentum": 0.01}, ["--bn-momentum", "batchnorm"]),
             ({"norm": "batchnorm", "bn_warmup": 5}, ["--bn-warmup", "batchrenorm"]),
+            ({"bn_warmup": 5}, ["--bn-warmup needs --norm batchrenorm"]),
             ({"norm": "zfilter", "norm_net": "actor"}, ["--norm-net"]),
             ({"env": "Nope-v9"}, ["--env Nope-v9"]),
             ({"env": "FrozenLake-v1"}, ["--env FrozenLake-v1", "observes"]),

@@ -210,6 +210,28 @@ def test_events_reach_the_disk_before_the_checkpoint(script, small, monkeypatch)
     assert len(flushed) >= 3
 
 
+class Late(list):
+    """A list of signals that is empty until it is looked at for the n-th time."""
+
+    def __init__(self, n):
+        self.looks = n
+
+    def __bool__(self):
+        self.looks -= 1
+        return self.looks <= 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_that_is_stopped_is_saved_whenever_the_signal_comes(script, tmp_path, capsys):
+    module = importlib.import_module(script)
+    chosen = options(script, "zfilter") | {"save_every": 10**6}
+    for n in (1, 2, 3):
+        run_dir = tmp_path / str(n)
+        steps = module.train(module.Args(**chosen, run_dir=str(run_dir)), Late(n))["steps"]
+        assert f"stopped at step {steps}:" in capsys.readouterr().out
+        assert checkpoint(run_dir)["progress"][0] == steps
+
+
 # ---------------------------------------------------------------------------- A disk that fills up
 
 
