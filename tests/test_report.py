@@ -66,6 +66,7 @@ def test_what_is_out_of_date_is_told_and_mended_and_figures_are_the_same_to_the_
 def test_verdicts_follow_the_rules(relation, below, around, above):
     intervals = (-2, -1), (-1, 1), (1, 2)
     assert [report.judge(relation, *x) for x in intervals] == [below, around, above]
+    assert [report.judge(relation, *x) for x in ((-1, 0), (0, 1))] == [around, around]  # they touch
     assert report.judge(relation, np.nan, np.nan) == "not decided"
 
 
@@ -111,6 +112,20 @@ def test_the_onset_is_past_half_of_the_change_since_all_are_known():
     rows = [{"step": 10 * k, "x": v, "y": "1" if k else ""} for k, v in enumerate(x)]
     assert report.onset(rows, "x", ("x", "y")) == 40
     assert report.onset(rows, "x", ("x",)) == 10
+
+
+def test_a_curve_is_the_interquartile_mean_and_stays_at_the_last_value_of_a_run_that_diverged():
+    """Of 0, 1, 2, 6 and 100 it is 3, the median 2, the mean 21.8."""
+    returns = np.array([0.0, 1.0, 2.0, 6.0, 100.0])
+    rows = [{"step": "1000"}, {"step": "2000"}]
+    seeds = {k: [row | {"eval/return": str(x)} for row in rows] for k, x in enumerate(returns)}
+    seeds[3].pop()
+    data = {("ppo-none", "Hopper-v4"): seeds}
+    _, ax = report.plt.subplots()
+    report.curves(ax, data, {"ppo-none": "none"}, cells.load()[1], "Hopper-v4", "eval/return")
+    (line,), (shade,) = ax.lines, ax.collections
+    assert line.get_xydata().tolist() == [[1, 3], [2, 3]]
+    assert tuple(shade.get_paths()[0].get_extents().intervaly) == report.interval(returns)
 
 
 def test_a_rule_of_one_environment_waits_for_no_other(root):
