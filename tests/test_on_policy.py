@@ -72,6 +72,25 @@ def test_a_death_at_the_time_limit_is_a_death(on_policy, small, captured, monkey
         assert torch.equal(rollout.reward, 2 + rollout.obs[..., 0])  # no bootstrap anywhere
 
 
+def test_a_rollout_bootstraps_from_the_observation_after_it(small, monkeypatch):
+    """PPO's last value is that of the state it acts in next; Countdown observes (t, ...)."""
+    found, make_batch = [], ppo_bn.make_batch
+
+    def spy(rollout, last_value, args):
+        found.append((rollout, last_value))
+        return make_batch(rollout, last_value, args)
+
+    monkeypatch.setattr(ppo_bn, "make_batch", spy)
+    monkeypatch.setattr(
+        ppo_bn, "state_value", lambda agent, obs, args: torch.as_tensor(100.0 + obs[:, 0])
+    )
+    ppo_bn.train(small(ppo_bn, env="Countdown-v0", total_steps=500))
+    for rollout, last_value in found:
+        t = torch.where(rollout.done[-1].bool(), 0, rollout.obs[-1, :, 0] + 1)
+        assert torch.equal(last_value, 100 + t)
+    assert len(found) == 4
+
+
 def test_scaled_rewards_do_not_scale_the_bootstrap(on_policy, small, captured, monkeypatch):
     value = 123.0
     monkeypatch.setattr(
@@ -226,7 +245,7 @@ def test_what_ppo_descends(small, monkeypatch, options):
     """The gradient step gets policy loss + value_coef critic loss - entropy_coef entropy."""
     args = small(ppo_bn, minibatches=1, epochs=1, **options)
     agent, found = make_agent(ppo_bn, args), []
-    monkeypatch.setattr(ppo_bn, "gradient_step", lambda optimizer, loss, _: found.append(loss))
+    monkeypatch.setattr(ppo_bn, "gradient_step", lambda *inputs: found.append(inputs))
     torch.manual_seed(1)
     obs, action = torch.randn(9, 4), torch.randint(2, (9,))
     policy, advantage, returns = agent.actor(obs), torch.randn(9), torch.randn(9)
@@ -239,15 +258,15 @@ def test_what_ppo_descends(small, monkeypatch, options):
     p = policy.probs
     entropy = -(p * p.log()).sum(1).mean()
     expected = -(ratio * a).mean() + args.value_coef * value - args.entropy_coef * entropy
-    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+    ((optimizer, loss, longest),) = found
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    assert optimizer is agent.optimizer and longest == args.max_grad_norm == 0.5
 
 
 def test_what_reinforce_descends(small, monkeypatch):
-    args = small(reinforce_bn, critic_steps=2, entropy_coef=0.3)
+    args = small(reinforce_bn, critic_steps=2, entropy_coef=0.3, max_grad_norm=0.7)
     agent, found = make_agent(reinforce_bn, args), []
-    monkeypatch.setattr(
-        reinforce_bn, "gradient_step", lambda optimizer, loss, _: found.append((optimizer, loss))
-    )
+    monkeypatch.setattr(reinforce_bn, "gradient_step", lambda *inputs: found.append(inputs))
     obs, action = torch.randn(9, 4), torch.randint(2, (9,))
     advantage, returns = torch.randn(9), torch.randn(9)
     policy = agent.actor(obs)
@@ -257,11 +276,12 @@ def test_what_reinforce_descends(small, monkeypatch):
     p = policy.probs
     entropy = -(p * p.log()).sum(1).mean()
     expected = -(policy.log_prob(action) * a).mean() - 0.3 * entropy
-    (actor, loss), *critics = found
-    assert actor is agent.actor_optimizer
+    (actor, loss, longest), *critics = found
+    assert actor is agent.actor_optimizer and longest == 0.7
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     value = ((agent.critic(obs) - returns) ** 2).mean()  # fitted to returns, not to advantages
-    assert [optimizer is agent.critic_optimizer for optimizer, _ in critics] == [True, True]
+    assert [x is agent.critic_optimizer for x, *_ in critics] == [True, True]
+    assert [longest for *_, longest in critics] == [0.7, 0.7]
     torch.testing.assert_close(critics[0][1], value)
 
 
@@ -286,6 +306,21 @@ def test_reinforce_loss_by_hand():
     reinforce_bn.policy_loss(log_prob, batch).backward()
     expected = torch.tensor([0.5, -0.5]) / np.sqrt(2)  # standardized advantages are -+1 / sqrt(2)
     torch.testing.assert_close(log_prob.grad, expected)
+
+
+def test_first_weights_are_orthogonal_and_the_first_policy_nearly_the_same_everywhere(
+    on_policy, small
+):
+    agent = make_agent(on_policy, small(on_policy, env="Pendulum-v1"))
+    for net, gain in ((agent.actor.net, 0.01), (agent.critic.net, 1.0)):
+        linear = [layer for layer in net if isinstance(layer, nn.Linear)]
+        for layer, length in zip(linear, (2**0.5, 2**0.5, gain), strict=True):
+            w = layer.weight if len(layer.weight) <= layer.weight.shape[1] else layer.weight.T
+            torch.testing.assert_close(w @ w.T, length**2 * torch.eye(len(w)))
+            assert not layer.bias.any()
+    policy = agent.actor(torch.randn(99, 3))
+    assert policy.mean.abs().max() < 0.1
+    torch.testing.assert_close(policy.stddev, torch.full((99, 1), 0.5))
 
 
 def test_log_probabilities_of_a_continuous_policy(on_policy, small):
@@ -407,12 +442,14 @@ def test_a_learning_filter_stores_what_the_policy_saw(on_policy, small, captured
     assert not np.array_equal(agents[0][1], agents[-1][1])
 
 
-def test_rewards_are_scaled_by_the_deviation_of_their_discounted_sums():
+def test_rewards_are_scaled_by_the_deviation_of_their_discounted_sums(on_policy):
     rng = np.random.default_rng(0)
-    args = ppo_bn.Args(num_envs=3, gamma=0.9)
-    scale, sums, history = ppo_bn.RewardScale(args), np.zeros(3), []
-    for _ in range(50):
+    args = on_policy.Args(num_envs=3, gamma=0.9)
+    scale, sums, history = on_policy.RewardScale(args), np.zeros(3), []
+    for k in range(100):
         reward, done = rng.normal(2, 3, 3), rng.random(3) < 0.2
+        if k == 99:
+            reward[:2] = 1e4, -1e4  # so many deviations that they are clipped
         sums = 0.9 * sums + reward
         history.append(sums.copy())
         sums[done] = 0
@@ -420,6 +457,24 @@ def test_rewards_are_scaled_by_the_deviation_of_their_discounted_sums():
         if len(history) > 1:
             expected = reward / np.std(history, ddof=1)  # divided, never shifted
             np.testing.assert_allclose(found, expected.clip(-10, 10), rtol=1e-6)
+    assert found[:2].tolist() == [10, -10] and abs(expected).max() < 13
+
+
+def test_sums_of_rewards_begin_with_their_episode(on_policy, small, monkeypatch):
+    """Also where a checkpoint of PPO cut the one before; Countdown observes (t, ...)."""
+    begun, explore = [], on_policy.explore
+
+    def spy(agent, obs, args):
+        begun.append(obs[:, 0] == 0)
+        assert not agent.reward_scale.sums[begun[-1]].any()
+        assert agent.reward_scale.sums[~begun[-1]].all()
+        return explore(agent, obs, args)
+
+    monkeypatch.setattr(on_policy, "explore", spy)
+    on_policy.train(
+        small(on_policy, env="Countdown-v0", total_steps=400, reward_norm=True, save_every=100)
+    )
+    assert 40 < np.sum(begun) < 100
 
 
 def test_reward_scale_agrees_with_gymnasium():

@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import checkpoint, same, tags
 
+from zfilter import RunningStat
+
 
 @pytest.mark.parametrize("norm", ["none", "zfilter"])
 def test_training_stores_raw_transitions_and_bootstraps_through_time_outs(script, small, norm):
@@ -92,6 +94,29 @@ def test_zfilter_feeds_acting_and_learning_the_same(script, small, monkeypatch):
     assert {tuple(x.numpy()) for x in batch.obs} <= rows
     assert (batch.obs[:, 2] == 0).all()
     assert acted and all(z[2] == 0 for z in acted.values())
+
+
+@pytest.mark.parametrize("name", ["reinforce_bn", "ppo_bn", "ddpg_bn", "sac_bn"])
+def test_only_a_filter_that_normalizes_clips_and_at_ten_deviations(name):
+    script, stat = importlib.import_module(name), RunningStat((1,))
+    stat.push(np.array([[-1.0], [3.0]]))
+    x = 1 + stat.std * np.array([[-99.0], [-10.1], [9.9], [99.0]])
+    for norm, expected in (("zfilter", [-10, -10, 9.9, 10]), ("none", x[:, 0])):
+        z = script.make_filter(stat, script.Args(norm=norm))(x, update=False)
+        np.testing.assert_allclose(z[:, 0], expected, rtol=1e-6)
+
+
+def test_every_gradient_of_a_network_has_its_bound(script, small, monkeypatch):
+    bounds, step = [], script.gradient_step
+
+    def spy(optimizer, loss, max_grad_norm):
+        if len(optimizer.param_groups[0]["params"]) > 1:  # not the temperature's
+            bounds.append(max_grad_norm)
+        step(optimizer, loss, max_grad_norm)
+
+    monkeypatch.setattr(script, "gradient_step", spy)
+    result = script.train(small(script, total_steps=120, max_grad_norm=0.7))
+    assert len(bounds) == 2 * result["updates"] > 0 and set(bounds) == {0.7}
 
 
 def test_fixed_filter_uses_the_file_and_never_learns(script, small, capsys):
