@@ -94,6 +94,23 @@ def test_a_run_that_diverged_counts_with_its_last_evaluation(root):
     assert report.values(data, "ddpg-none", "Hopper-v4", "eval/return mean")[0] == 102.5
 
 
+def test_the_page_of_a_claim_counts_the_runs_that_diverged(root):
+    claim = CLAIM | {"compare": ["ddpg-none > 90"]}
+    page, _ = report.claim_page(report.read(root / "study/results"), cells.load()[1], claim, None)
+    assert "| `ddpg-none` | Hopper-v4 | 104 (103 to 105) | 103, 104, 105 | 1 |" in page
+
+
+def test_what_is_unknown_or_not_finite_is_no_point():
+    rows = [{"step": str(k), "x": x} for k, x in enumerate(("1", "", "inf", "nan", "5"))]
+    assert report.points(rows, "x").tolist() == [[0, 4], [1, 5]]
+
+
+def test_the_same_is_the_same_in_the_scalar_of_the_claim(root):
+    data, known = report.read(root / "study/results"), cells.load()[1]
+    claim, rule = CLAIM | {"metric": "diverged mean"}, "ddpg-batchnorm same ddpg-zfilter"
+    assert {c.verdict for c in report.compare(data, known, claim, rule)} == {"holds"}
+
+
 def test_what_the_last_evaluations_do_not_know_is_unknown(root):
     file = root / "study/results/ddpg-zfilter/Hopper-v4-seed2.csv"
     head, first, second = file.read_text().splitlines()
@@ -174,8 +191,9 @@ def test_a_picture_shows_the_cells_that_have_runs_and_tells_which_are_missing(ro
     assert "`ddpg-batchnorm` (1)" in first and "`ddpg-none`" not in first
 
 
-def test_one_run_has_no_interval():
+def test_one_run_has_no_interval_nor_has_a_run_of_which_nothing_is_known():
     assert np.isnan(report.interval([1.0])).all()
+    assert np.isnan(report.interval([1.0, 2.0, np.nan])).all()
     assert report.with_interval([1.0]) == "1" and report.with_interval([]) == "no run"
 
 
