@@ -441,7 +441,7 @@ def draw(data, known, panels, labels, file, levels=()):
         for level in levels:
             ax.axhline(level, color="#808080", linestyle=":")
         entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    figure.legend(entries.values(), entries, loc="outside lower center", ncols=3)
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=min(3, columns + 1))
     save(figure, file)
 
 
