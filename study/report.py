@@ -478,7 +478,7 @@ def mechanism(data, known, labels, envs, scalars, file, has_onsets):
         at = onset(data[first, env][1], scalar, scalars) / 1000
         if has_onsets:
             ax.axvline(at, color=color(known[first]), linestyle=":")
-            ax.annotate(f" onset {at:.0f}", (at, 1), xycoords=("data", "axes fraction"), va="top")
+            ax.annotate(f" onset {at:.0f}", (at, 1), xycoords=("data", "axes fraction"))
         set_scale(ax, scalar)
         if j == 0:
             ax.set_ylabel("\n(".join(UNITS[scalar].split(" (")))
