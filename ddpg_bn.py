@@ -361,7 +361,7 @@ def actor_loss(agent, batch, args):
     """Return -mean Q(s, mu(s)) (6)."""
     agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
     # NORM begin: mode: train mode here hides from the actor what Q makes of its actions
-    # In train mode each feature's mean over the batch is beta, whatever mu does. With that layer
+    # In train mode batch norm gives each feature the mean beta, whatever mu does. If it stands
     # last before the output, mean Q = w beta + b: no gradient but rounding, which Adam follows.
     agent.critic.train(args.bn_policy_critic == "train")
     # NORM end

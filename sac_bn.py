@@ -379,7 +379,7 @@ def actor_loss(agent, batch, args):
     """Return the mean of alpha log pi(a|s) - min Q(s, a), a ~ pi (6), and log pi(a|s), (n,)."""
     agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
     # NORM begin: mode: train mode here hides from the actor what Q makes of its actions
-    # In train mode each feature's mean over the batch is beta, whatever pi does. With that layer
+    # In train mode batch norm gives each feature the mean beta, whatever pi does. If it stands
     # last before the output, mean Q = w beta + b: only the choice of the smaller Q has a gradient.
     agent.critic.train(args.bn_policy_critic == "train")
     # NORM end

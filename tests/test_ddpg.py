@@ -348,7 +348,7 @@ def test_train_mode_batch_norm_before_the_output_has_no_policy_gradient(norm):
     assert moved > args.actor_lr  # ten steps along nothing
 
     with torch.no_grad():
-        out.weight *= 1e5  # Q is as far off as on Hopper-v4, and rounding grows with it
+        out.weight *= 1e5  # Q is as far off as on Hopper-v4, and rounding grows with the weights
     noise = grad_norm(ddpg_bn.actor_loss(agent, batch, args), agent.actor)
     batch = ddpg_bn.Batch(*(x.double() for x in batch))
     agent.actor.double(), agent.critic.double()
@@ -369,6 +369,22 @@ def test_two_passes_fix_the_mean_of_the_target_and_one_pass_that_of_both_halves(
     assert np.ptp(means[False], 0).max() < 1e-4 and abs(means[False][0][1] - constant) < 1e-4
     assert all(abs((q + q_next) / 2 - constant) < 1e-4 for q, q_next in means[True])
     assert np.ptp(means[True], 0)[1] > 0.1  # Q' rises with what the policy does, and Q is lowered
+
+
+def test_two_passes_tie_mean_q_to_the_mean_reward_whatever_the_policy():
+    """At rest mean Q = mean r + gamma mean Q', and mean Q' has followed mean Q."""
+    means = {"train": [], "eval": []}
+    for bn_target, bias in itertools.product(means, (-5.0, 5.0)):
+        agent, batch, args = make_agent(norm="batchnorm", bn_target=bn_target, gamma=0.5, tau=0.1)
+        batch = batch._replace(reward=batch.action[:, 0], terminated=torch.zeros(64))
+        nn.init.constant_(agent.actor_target.net[-1].bias, bias)  # it acts -2, or 2
+        for _ in range(1000):
+            loss, q = ddpg_bn.critic_loss(agent, batch, args)
+            ddpg_bn.gradient_step(agent.critic_optimizer, loss, 0.0)
+            ddpg_bn.update_target(agent.critic_target, agent.critic, args.tau)
+        means[bn_target].append(q.mean().item())
+    assert np.allclose(means["train"], batch.reward.mean() / (1 - 0.5), atol=0.05), means
+    assert means["eval"][1] - means["eval"][0] > 1, means  # in truth 4 apart
 
 
 def policy_gradients(position):
