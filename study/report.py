@@ -1,8 +1,9 @@
 """Redraw every figure and table from study/results: python -m study.report [--check]
 
 Writes study/figures, study/CLAIMS.md (each claim with its verdict, by the rules in claims.toml),
-and what stands between markers in README.md. Intervals are 95 % bootstrap intervals of the
-interquartile mean (IQM) over seeds. A run that diverged counts with its last evaluation.
+and what stands between markers in README.md and study/FINDINGS.md. Intervals are 95 % bootstrap
+intervals of the interquartile mean (IQM) over seeds. A run that diverged counts with its last
+evaluation.
 """
 
 import csv
@@ -99,7 +100,7 @@ HALF_CHEETAH, HOPPER, ANT, CARTPOLE = "HalfCheetah-v4", "Hopper-v4", "Ant-v4", "
 
 
 class Picture(NamedTuple):
-    """What stands in README.md between the markers of its name, of those of its cells with runs."""
+    """What stands between the markers of its name, of those of its cells with runs."""
 
     labels: dict[str, str]  # {cell: words}
     envs: tuple[str, ...]
@@ -111,13 +112,10 @@ PICTURES = {
     "first": Picture(
         {
             "ddpg-none": "none",
-            "ddpg-layernorm": "layernorm",
             "ddpg-layernorm-no-target": "layernorm, --no-target-network",
             "ddpg-batchnorm": "batchnorm",
             "ddpg-eval-policy-critic": f"batchnorm, {REPAIRED}",
-            "ddpg-target-train": "+ --bn-target train",
             "ddpg-joint-target-train": "+ --bn-joint --bn-target train",
-            "ddpg-crossnorm": "+ --bn-joint --no-target-network",
         },
         (HALF_CHEETAH, HOPPER),
         ("eval/return",),
@@ -155,7 +153,7 @@ PICTURES = {
             "ddpg-joint-target-train": "+ --bn-joint --bn-target train",
             "ddpg-crossnorm": "+ --bn-joint --no-target-network",
         },
-        (HOPPER,),
+        (HALF_CHEETAH, HOPPER),
         ("eval/return", "norm/q_bias"),
         True,
     ),
@@ -225,8 +223,17 @@ SUMMARY = {  # words: cell of each family, where it has one
     "+ --bn-joint --no-target-network": "no-target crossnorm",
     "CrossQ": "crossq",
 }
+LADDER = {  # the same, of the steps to CrossQ
+    "no layers": "none",
+    "`--norm batchnorm`": "batchnorm",
+    f"1. `{REPAIRED}`": "eval-policy-critic",
+    "2. `--bn-joint`": "joint",
+    "3. `--no-target-network`": "no-target crossnorm",
+    "5. CrossQ": "crossq",
+}
 MECHANISM = "norm/actor_grad", "norm/saturation", "norm/stat_lag", "norm/q_bias", "eval/return"
 ORDER = "order of onset: "
+TEXTS = "README.md", "study/FINDINGS.md"
 HEAD = """# The claims
 
 Written by `python -m study.report` from the results. The rules of the verdicts stand in
@@ -237,7 +244,7 @@ interquartile mean (IQM) is the mean, of five that of the middle three.
 
 @dataclass
 class Args:
-    check: bool = False  # write nothing; end with 1 if README.md or study/CLAIMS.md is out of date
+    check: bool = False  # write nothing; end with 1 if a text is out of date
     root: Path = cells.ROOT  # of the repository
 
 
@@ -544,12 +551,11 @@ def forum_table(data, known, done):
     return table(["", "seeds", *MODES], rows)
 
 
-def summary_table(data, known):
-    """Return the table of final returns of each normalizer, of the cells that are done."""
-    families = "reinforce", "ppo", "ddpg", "sac"
+def summary_table(data, known, labels, *families):
+    """Return the table of final returns of cells, {words: names}, in families, where all is run."""
     columns = [(family, env) for family in families for env in known[f"{family}-none"].envs]
     rows = []
-    for words, names in SUMMARY.items():
+    for words, names in labels.items():
         shown = []
         for family, env in columns:
             cells_of_row = [f"{family}-{name}" for name in names.split()]
@@ -635,7 +641,7 @@ def claim_page(data, known, claim, figures):
     notes += [f"{words}, which cannot change that: {listed}."] if gone else []
     parts += [metric, *notes, f"![{name}](figures/{name}.svg)", table(head, rows)]
     parts += [seeds_table(data, known, claim), *onsets(data, known, claim), commands]
-    reason = " ".join([f"{why(known, claim, decisive)}.", *notes])
+    reason = f"{why(known, claim, decisive)}. {claim.get('note', '')}".strip()
     row += [verdict, f"[figure](study/figures/{name}.svg)", reason]
     return "\n\n".join(parts), row
 
@@ -704,13 +710,17 @@ def modes(data, known, name, sides=MODES):
 # ------------------------------------------------------------------------------------ All of it
 
 
-def between(text, name, content):
-    """Return a text with new content between the markers of this name."""
-    pattern = rf"(<!-- {name} begin -->\n).*?(<!-- {name} end -->)"
-    text, n = re.subn(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
-    if n != 1:
-        raise SystemExit(f"study.report: README.md needs <!-- {name} begin --> and end once")
-    return text
+def place(texts, name, content):
+    """Put content between the markers of this name, which stand once in texts, {file: text}."""
+    inside = re.compile(rf"(?<=<!-- {name} begin -->\n).*?(?=<!-- {name} end -->)", re.DOTALL)
+    homes = [file for file, text in texts.items() for _ in inside.finditer(text)]
+    if len(homes) != 1:
+        where = " or ".join(TEXTS)
+        raise SystemExit(f"study.report: {where} needs <!-- {name} begin --> and end once")
+    (file,) = homes
+    if file.parent.name == "study":
+        content = content.replace("](study/", "](")
+    texts[file] = inside.sub(lambda _: f"{content}\n", texts[file])
 
 
 def not_made(names):
@@ -719,7 +729,7 @@ def not_made(names):
 
 
 def make(data, known, claims, figures):
-    """Return {marker: text for README.md} and the text of CLAIMS.md; draw if figures is given."""
+    """Return {marker: text} and the text of CLAIMS.md; draw if figures is given."""
     blocks = {"plain": plain_table(data, known)}
     for name, picture in PICTURES.items():
         labels, envs, scalars, has_table = picture
@@ -740,7 +750,8 @@ def make(data, known, claims, figures):
             panels = [(script, env, scalar) for env in envs for scalar in scalars]
             draw(data, known, panels, labels, figures / f"{name}.svg")
 
-    blocks["summary"] = summary_table(data, known)
+    blocks["summary"] = summary_table(data, known, SUMMARY, "reinforce", "ppo", "ddpg", "sac")
+    blocks["ladder"] = summary_table(data, known, LADDER, "ddpg", "sac")
     words = {"batchnorm": "batchnorm", "eval-policy-critic": f"batchnorm, {REPAIRED}"}
     labels = {f"ddpg-{name}": label for name, label in words.items()}
     blocks["mechanism"] = not_made(labels)
@@ -786,14 +797,15 @@ def speed(folder):
 
 def main(args):
     style()
-    readme, page = args.root / "README.md", args.root / "study" / "CLAIMS.md"
+    page = args.root / "study" / "CLAIMS.md"
     claims, known = cells.load(args.root / "study" / "claims.toml")
     figures = None if args.check else args.root / "study" / "figures"
     blocks, text = make(read(args.root / "study" / "results"), known, claims, figures)
     blocks["speed"] = speed(args.root / "study" / "speed")
-    new = {readme: readme.read_text(), page: text}
+    new = {args.root / name: (args.root / name).read_text() for name in TEXTS}
     for name, content in blocks.items():
-        new[readme] = between(new[readme], name, content)
+        place(new, name, content)
+    new[page] = text
     for file, content in new.items():
         if not args.check:
             file.write_text(content)

@@ -19,7 +19,8 @@ LEVELS = {"ddpg-none": 100, "ddpg-batchnorm": 50, "ddpg-zfilter": 101}
 def root(tmp_path):
     """Return a repository in which some runs were made, one of which diverged."""
     (tmp_path / "study").mkdir()
-    shutil.copy(cells.ROOT / "README.md", tmp_path)
+    for name in report.TEXTS:
+        shutil.copy(cells.ROOT / name, tmp_path / name)
     shutil.copy(cells.CLAIMS, tmp_path / "study")
     for name, level in LEVELS.items():
         for run in cells.load()[1][name].runs():
@@ -51,6 +52,18 @@ def test_what_is_out_of_date_is_told_and_mended_and_figures_are_the_same_to_the_
     report.main(report.Args(root=root))
     assert figure.read_bytes() == before
     assert "| holds | [figure](study/figures/Z6.svg) |" in (root / "README.md").read_text()
+
+
+def test_a_block_stands_once_and_its_links_work_from_where_it_stands(tmp_path):
+    readme, findings = tmp_path / "README.md", tmp_path / "study" / "FINDINGS.md"
+    marked = "<!-- x begin -->\nold\n<!-- x end -->"
+    for file, link in ((readme, "study/figures/x.svg"), (findings, "figures/x.svg")):
+        texts = {readme: "", findings: ""} | {file: marked}
+        report.place(texts, "x", "![x](study/figures/x.svg)")
+        assert texts[file] == f"<!-- x begin -->\n![x]({link})\n<!-- x end -->"
+    for texts in ({readme: marked, findings: marked}, {readme: marked * 2}, {readme: ""}):
+        with pytest.raises(SystemExit, match="needs <!-- x begin --> and end once"):
+            report.place(texts, "x", "")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +200,7 @@ def test_a_picture_shows_the_cells_that_have_runs_and_tells_which_are_missing(ro
     first = report.make(data, known, {"Z6": claims["Z6"]}, None)[0]["first"]
     rows = [line.split(" | ")[0] for line in first.splitlines() if line.startswith("| ")]
     assert rows == ["| options", "| ---", "| none", "| batchnorm"]
-    assert "\n\n37 of 48 runs are missing: `ddpg-layernorm` (6), " in first
+    assert "\n\n19 of 30 runs are missing: `ddpg-layernorm-no-target` (6), " in first
     assert "`ddpg-batchnorm` (1)" in first and "`ddpg-none`" not in first
 
 
