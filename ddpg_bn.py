@@ -341,7 +341,7 @@ def q_values(agent, batch, next_action, args):
         return q, q_next.detach()
     # NORM end
     with torch.no_grad():
-        agent.critic_target.train(args.bn_target == "train")  # NORM mode: in eval Q may run away
+        agent.critic_target.train(args.bn_target == "train")  # NORM mode: eval may not fit s', a'
         q_next = agent.critic_target(batch.next_obs, next_action)
     agent.critic.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
     return agent.critic(batch.obs, batch.action), q_next
@@ -468,9 +468,9 @@ def norm_scalars(agent, batch):
 
     train_eval_gap_policy, _q, stat_lag and dead_units: see `probe`, means over layers, on the
     batch's (s, a); what else passed the critic in train mode moved its statistics too.
-    target_stretch: largest deviation of a feature of the target critic on (s', mu(s')), train mode
-    before it, in running deviations, by which eval mode divides: near 1 if these fit, hundreds if
-    they are of dead units.
+    target_stretch: deviation of a feature of the target critic on (s', mu(s')), by the live actor,
+    over its running deviation, by which eval mode divides; the largest of all features, with the
+    layers before it in train mode. Near 1 if these fit, hundreds if a unit was dead.
     actor_grad: norm of the actor's gradient in the last update, as clipped.
     saturation: share of the components of mu(s) in the outermost 1 % at either bound.
     """
@@ -510,6 +510,15 @@ def q_bias(agent, episodes, gamma):
     return {"q_bias": np.mean(errors), "q_bias_std": np.std(errors)} if errors else {}
 
 
+def report_warmup(agent):
+    """Say so if layers of batch renormalization never left their warm-up."""
+    modules = itertools.chain(agent.actor.modules(), agent.critic.modules())
+    layers = [layer for layer in modules if isinstance(layer, BatchRenorm)]
+    warming = sum(int(layer.num_batches_tracked) <= layer.warmup for layer in layers)
+    if warming:
+        print(f"{warming} of {len(layers)} layers were batch norm to the end: lower --bn-warmup")
+
+
 # NORM end
 # ------------------------------------------------------------------------------------- Checkpoint
 
@@ -532,11 +541,6 @@ def write(path, save):
 
 def save_run(run_dir, agent, generators, progress, writer):
     """Write all that a run needs to go on as if it had never stopped."""
-
-    def save(file):
-        writer.flush()  # a resumed run writes only what follows
-        torch.save(state, file)
-
     state = {part: getattr(agent, part).state_dict() for part in PARTS}
     cuda = [torch.cuda.get_rng_state()] if agent.device == "cuda" else []
     state |= {"env": agent.env, "progress": progress, "torch": torch.get_rng_state(), "cuda": cuda}
@@ -544,7 +548,8 @@ def save_run(run_dir, agent, generators, progress, writer):
     # NORM begin: save: for people, and for --norm fixed
     write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
     # NORM end
-    write(run_dir / "checkpoint.pt", save)
+    # events first, since a resumed run writes only those that follow
+    write(run_dir / "checkpoint.pt", lambda file: (writer.flush(), torch.save(state, file)))
 
 
 def load_run(run_dir, agent, generators):
@@ -678,6 +683,8 @@ def check(args):
         fail("--action-layer 1 needs two --hidden-sizes or more")
     # NORM begin: flag: a switch that could change nothing is a mistake
     is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)
+    if len(set(args.norm_position)) < len(args.norm_position):
+        fail("--norm-position names a place twice: name it once")
     if "bn_warmup" in changed and args.norm != "batchrenorm":
         fail("--bn-warmup needs --norm batchrenorm")
     for name in changed:
@@ -701,9 +708,9 @@ def check(args):
 
 
 class Checked(gym.Wrapper):
-    """Clips actions to their bounds; ends an episode by reward NaN where float32 cannot go on:
+    """Clips actions to their bounds, and ends an episode by reward NaN where float32 cannot go on.
 
-    after an observation of 1e18 or more, whose square nears its limit, a reward of 1e38, or NaN.
+    That is at an observation of 1e18, whose square nears its limit, a reward of 1e38, or NaN.
     """
 
     def reset(self, **options):
@@ -802,7 +809,7 @@ def train(args, stop=()):
 
     bar = tqdm(total=args.total_steps, initial=step, unit="step", smoothing=0.01, disable=None)
     start_time, start_step, save_step = time.time(), step, step + args.save_every
-    obs = None  # an episode is to begin
+    obs, losses = None, {}  # an episode is to begin
     while step < args.total_steps:
         # act
         if obs is None:
@@ -827,7 +834,7 @@ def train(args, stop=()):
             batch = filter_batch(agent.obs_filter, batch)  # NORM obs: the replay stays raw
             batch = Batch(*(torch.as_tensor(x, dtype=torch.float32, device=device) for x in batch))
             updates += 1
-            losses = update(agent, batch, args)
+            losses |= update(agent, batch, args)
             diverged = not all(map(math.isfinite, losses.values()))
         # report
         if diverged:
@@ -848,6 +855,10 @@ def train(args, stop=()):
             writer.add_scalar("charts/episodic_length", info["episode"]["l"], step)
             stopping = bool(stop)  # read once: a signal may come at any time
             if step < args.total_steps and (step >= save_step or stopping):
+                weights = *agent.actor.parameters(), *agent.critic.parameters()
+                diverged = not all(x.isfinite().all() for x in weights)
+                if diverged:  # the checkpoint before stays
+                    break
                 save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
                 save_step = step + args.save_every
             obs = None
@@ -864,6 +875,7 @@ def train(args, stop=()):
         print(f"stopped at step {step}: --resume {run_dir} goes on")
     else:
         save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
+        report_warmup(agent)  # NORM report: of batchrenorm
         print("final evaluation at step {}: return {:.1f} ± {:.1f}".format(*evaluations[-1]))
     bar.close()
     writer.close()

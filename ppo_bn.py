@@ -88,8 +88,8 @@ class Args:
     # acting uses the running statistics, or (train) those of all environments at that moment, which
     # also move the running ones
     bn_rollout: Literal["eval", "train"] = "eval"
-    # learning uses the statistics of its batch, which also move the running ones, or (eval) these;
-    # with both in eval mode nothing moves them: what remains is the layers' learnt scale and shift
+    # learning uses the statistics of its batch, which also move the running ones, or (eval) the
+    # running ones; with both in eval mode nothing moves these, and a learnt scale and shift remain
     bn_update: Literal["train", "eval"] = "train"
     # passes in train mode over the last batch as a whole, without learning, before the final
     # evaluation; statistics approach the batch's at the rate of --bn-momentum
@@ -319,7 +319,7 @@ class Batch(NamedTuple):
 
 def as_input(agent, obs):
     """Return observations (n, *obs_shape) as the networks take them."""
-    obs = agent.obs_filter(obs, update=False)  # NORM obs: once, when acting; see explore
+    obs = agent.obs_filter(obs, update=False)  # NORM obs: what a rollout stores is filtered already
     return torch.as_tensor(obs, dtype=torch.float32, device=agent.device)
 
 
@@ -332,17 +332,15 @@ def act(agent, obs):
 
 @torch.no_grad()
 def explore(agent, obs, args):
-    """Return what the policy saw, a ~ pi(a|s), log pi(a|s) and V(s), each with n rows."""
+    """Return what the policy saw, pi(.|s) and V(s), for observations (n, *obs_shape)."""
     # NORM begin: obs: what the policy saw is stored, not the raw observation
     # The filter learns on: seen through a later one, the state would get another log-probability,
     # and learning would be about another policy than the one which acted.
     # NORM end
     obs = as_input(agent, obs)
     agent.actor.train(args.bn_rollout == "train")  # NORM mode: --bn-rollout
-    policy = agent.actor(obs)
-    action = policy.sample()
     agent.critic.train(args.bn_rollout == "train")  # NORM mode: --bn-rollout
-    return obs, action, policy.log_prob(action), agent.critic(obs)
+    return obs, agent.actor(obs), agent.critic(obs)
 
 
 @torch.no_grad()
@@ -420,10 +418,10 @@ def update(agent, batch, rng, args):
 # --------------------------------------------------------------------- Evaluation and diagnostics
 
 
-def evaluate(agent, envs, act=act):
+def evaluate(agent, envs):
     """Play an episode in each environment, from the same starts at every call, and learn nothing.
 
-    act: what chooses the actions. Returns the sums of rewards, (n,).
+    Returns the sums of rewards, (n,).
     """
     obs, _ = envs.reset(seed=1_000_000)
     returns, playing = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
@@ -517,10 +515,15 @@ def norm_scalars(agent, rollout, obs):
     return scalars
 
 
-@torch.no_grad()
-def act_in_train_mode(agent, obs):
-    """Return what `act` does, by the statistics of these observations; moves no running ones."""
-    return copy.deepcopy(agent.actor).train()(as_input(agent, obs)).mode.cpu().numpy()
+class InTrainMode(nn.Module):
+    """An actor that is in train mode even after eval(), and whose running statistics never move."""
+
+    def __init__(self, actor):
+        super().__init__()
+        self.actor = actor
+
+    def forward(self, obs):
+        return copy.deepcopy(self.actor).train()(obs)
 
 
 @torch.no_grad()
@@ -529,6 +532,15 @@ def recalibrate(agent, obs, passes):
     for _ in range(passes):
         for net in (agent.actor, agent.critic):
             net.train()(obs)
+
+
+def report_warmup(agent):
+    """Say so if layers of batch renormalization never left their warm-up."""
+    modules = itertools.chain(agent.actor.modules(), agent.critic.modules())
+    layers = [layer for layer in modules if isinstance(layer, BatchRenorm)]
+    warming = sum(int(layer.num_batches_tracked) <= layer.warmup for layer in layers)
+    if warming:
+        print(f"{warming} of {len(layers)} layers were batch norm to the end: lower --bn-warmup")
 
 
 # NORM end
@@ -552,11 +564,6 @@ def write(path, save):
 
 def save_run(run_dir, agent, generators, progress, writer):
     """Write all that a run needs to go on as if it had never stopped."""
-
-    def save(file):
-        writer.flush()  # a resumed run writes only what follows
-        torch.save(state, file)
-
     state = {part: getattr(agent, part).state_dict() for part in PARTS}
     cuda = [torch.cuda.get_rng_state()] if agent.device == "cuda" else []
     state |= {"env": agent.env, "progress": progress, "torch": torch.get_rng_state(), "cuda": cuda}
@@ -564,7 +571,8 @@ def save_run(run_dir, agent, generators, progress, writer):
     # NORM begin: save: for people, and for --norm fixed
     write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
     # NORM end
-    write(run_dir / "checkpoint.pt", save)
+    # events first, since a resumed run writes only those that follow
+    write(run_dir / "checkpoint.pt", lambda file: (writer.flush(), torch.save(state, file)))
 
 
 def load_run(run_dir, agent, generators):
@@ -701,6 +709,8 @@ def check(args):
         fail(f"--minibatches {args.minibatches} leaves one sample in each: use fewer")
     # NORM begin: flag: a switch that could change nothing is a mistake
     is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)
+    if len(set(args.norm_position)) < len(args.norm_position):
+        fail("--norm-position names a place twice: name it once")
     if "bn_warmup" in changed and args.norm != "batchrenorm":
         fail("--bn-warmup needs --norm batchrenorm")
     for name in changed:
@@ -718,6 +728,9 @@ def check(args):
         fail("--norm batchrenorm is for vectors: use --norm batchnorm with --network cnn")
     if is_batch and args.num_envs < 2:
         fail("--num-envs 1 leaves train mode no batch statistics: use 2 or more")
+    nothing_moves = args.bn_rollout == args.bn_update == "eval" and not args.bn_recalibrate
+    for name in {"bn_momentum", "bn_warmup"} & changed.keys() if nothing_moves else ():
+        fail(f"--{name.replace('_', '-')} needs a pass in train mode: drop --bn-update eval")
     if args.bn_recalibrate and args.norm_net == "critic":
         fail("--bn-recalibrate needs batch norm in the actor: drop --norm-net critic")
     # NORM end
@@ -727,9 +740,9 @@ def check(args):
 
 
 class Checked(gym.Wrapper):
-    """Clips actions to their bounds; ends an episode by reward NaN where float32 cannot go on:
+    """Clips actions to their bounds, and ends an episode by reward NaN where float32 cannot go on.
 
-    after an observation of 1e18 or more, whose square nears its limit, a reward of 1e38, or NaN.
+    That is at an observation of 1e18, whose square nears its limit, a reward of 1e38, or NaN.
     """
 
     def reset(self, **options):
@@ -817,7 +830,8 @@ def report_modes(agent, args, obs, step, writer):
     if args.norm_net == "critic":
         return  # the policy has no modes
     envs = make_envs(args, args.num_envs)
-    returns = {"eval": evaluate(agent, envs), "train": evaluate(agent, envs, act_in_train_mode)}
+    in_train_mode = SimpleNamespace(**vars(agent) | {"actor": InTrainMode(agent.actor)})
+    returns = {"eval": evaluate(agent, envs), "train": evaluate(in_train_mode, envs)}
     if args.bn_recalibrate:
         recalibrate(agent, obs, args.bn_recalibrate)
         returns["recalibrated"] = evaluate(agent, envs)
@@ -868,7 +882,8 @@ def train(args, stop=()):
             agent.reward_scale.sums[:] = 0  # NORM reward: of episodes that begin
         for _ in range(args.num_steps):
             # act
-            seen, action, log_prob, value = explore(agent, obs, args)
+            seen, policy, value = explore(agent, obs, args)
+            action = policy.sample()
             # step
             next_obs, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
             agent.obs_stat.push(next_obs)  # NORM obs: those of evaluation never do
@@ -883,7 +898,7 @@ def train(args, stop=()):
                 after = state_value(agent, next_obs, args).cpu().numpy()
                 reward = reward + args.gamma * timed_out * after  # (2)
             arrays = torch.as_tensor(np.float32([reward, done]), device=device)
-            steps.append(Rollout(seen, action, log_prob, value, *arrays))
+            steps.append(Rollout(seen, action, policy.log_prob(action), value, *arrays))
             if done.any():
                 episodes.append((info["episode"]["r"][done], info["episode"]["l"][done]))
                 next_obs, _ = envs.reset(options={"reset_mask": done})
@@ -940,6 +955,7 @@ def train(args, stop=()):
         print(f"stopped at step {step}: --resume {run_dir} goes on")
     else:
         save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
+        report_warmup(agent)  # NORM report: of batchrenorm
         print("final evaluation at step {}: return {:.1f} ± {:.1f}".format(*evaluations[-1]))
     bar.close()
     writer.close()

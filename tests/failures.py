@@ -265,8 +265,8 @@ FAILURES = [
     Failure(
         "With --norm zfilter `norm/first_ratio` is not 0, although the network has no batch norm.",
         "ppo_bn",
-        "            seen, action, log_prob, value = explore(agent, obs, args)",
-        "            _, action, log_prob, value = explore(agent, obs, args)\n"
+        "            seen, policy, value = explore(agent, obs, args)",
+        "            _, policy, value = explore(agent, obs, args)\n"
         "            seen = torch.as_tensor(obs, dtype=torch.float32, device=agent.device)",
         "The rollout stores another observation than the policy saw, so learning asks a policy"
         " that nobody followed.",

@@ -68,6 +68,10 @@ def with_scripts(scripts, mistakes):
             ({"norm": "fixed", "norm_stats": "no/such.npz"}, ["--norm-stats", "no/such.npz"]),
             ({"norm": "fixed", "norm_stats": __file__}, ["--norm-stats", "no statistics"]),
             ({"norm": "layernorm", "bn_momentum": 0.01}, ["--bn-momentum", "batchnorm"]),
+            (
+                {"norm": "layernorm", "norm_position": ("post", "post")},
+                ["--norm-position names a place twice"],
+            ),
             ({"norm": "batchnorm", "bn_warmup": 5}, ["--bn-warmup", "batchrenorm"]),
             ({"bn_warmup": 5}, ["--bn-warmup needs --norm batchrenorm"]),
             ({"norm": "zfilter", "norm_net": "actor"}, ["--norm-net"]),
@@ -103,6 +107,10 @@ def with_scripts(scripts, mistakes):
             ({"norm": "layernorm", "bn_rollout": "train"}, ["--bn-rollout", "batchnorm"]),
             ({"bn_recalibrate": 5}, ["--bn-recalibrate", "batchnorm"]),
             ({"norm": "batchnorm", "num_envs": 1}, ["--num-envs 1"]),
+            (
+                {"norm": "batchnorm", "bn_update": "eval", "bn_momentum": 0.5},
+                ["--bn-momentum", "train mode", "--bn-update eval"],
+            ),
             ({"norm": "batchnorm", "network": "linear"}, ["--norm-position input"]),
             ({"norm": "batchrenorm", "network": "cnn"}, ["--norm batchrenorm", "--network cnn"]),
             ({"network": "cnn"}, ["--network cnn", "observes"]),

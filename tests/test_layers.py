@@ -1,5 +1,7 @@
 """The normalization layers, against the formula of the paper and against torch's batch norm."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,18 @@ def test_warm_up_is_batch_norm_and_ends_on_time():
         x = batch(scale=k + 2)
         equal = torch.allclose(renorm(x), plain(x), atol=1e-5)
         assert equal == (k < 3), k
+
+
+@pytest.mark.parametrize("passes, warm", [(0, 3), (3, 3), (4, 0)])
+def test_layers_that_never_left_their_warm_up_are_told(passes, warm, capsys):
+    """The fourth pass of a layer with a warm-up of three is the first that renormalizes."""
+    nets = nn.Sequential(layer(warmup=3), layer(warmup=3)), nn.Sequential(layer(warmup=3))
+    for net in nets:
+        for _ in range(passes):
+            net(batch())
+    ddpg_bn.report_warmup(SimpleNamespace(actor=nets[0], critic=nets[1]))
+    out = capsys.readouterr().out
+    assert out == ("3 of 3 layers were batch norm to the end: lower --bn-warmup\n" if warm else "")
 
 
 def test_unclipped_train_output_is_eval_output():

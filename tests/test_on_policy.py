@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -98,10 +99,7 @@ def test_scaled_rewards_do_not_scale_the_bootstrap(on_policy, small, captured, m
     )
     args = small(on_policy, env="RareDeath-v0", total_steps=300, gamma=0.5, reward_norm=True)
     on_policy.train(args)
-    timed_out = [
-        reward[(obs[:, 0] == 7)] for x in captured[0] for obs, reward in zip(*x[::4], strict=True)
-    ]
-    timed_out = torch.cat(timed_out)
+    timed_out = torch.cat([x.reward[x.obs[..., 0] == 7] for x in captured[0]])
     assert len(timed_out) > 3 and ((timed_out > 61.5) & (timed_out <= 61.5 + 10)).all()
 
 
@@ -156,7 +154,6 @@ def test_reinforce_masks_what_follows_the_first_end():
     rollout = reinforce_bn.Rollout(
         obs=torch.arange(6.0).reshape(3, 2, 1),
         action=torch.zeros(3, 2),
-        log_prob=torch.zeros(3, 2),
         value=torch.full((3, 2), 0.5),
         reward=one([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]]),
         done=one([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]]),
@@ -270,7 +267,7 @@ def test_what_reinforce_descends(small, monkeypatch):
     obs, action = torch.randn(9, 4), torch.randint(2, (9,))
     advantage, returns = torch.randn(9), torch.randn(9)
     policy = agent.actor(obs)
-    batch = reinforce_bn.Batch(obs, action, torch.zeros(9), advantage, returns)
+    batch = reinforce_bn.Batch(obs, action, advantage, returns)
     reinforce_bn.update(agent, batch, args)
     a = (advantage - advantage.mean()) / advantage.std()
     p = policy.probs
@@ -302,7 +299,7 @@ def test_clipped_loss_by_hand():
 
 def test_reinforce_loss_by_hand():
     log_prob = torch.tensor([-1.0, -2.0], requires_grad=True)
-    batch = reinforce_bn.Batch(None, None, None, torch.tensor([3.0, 5.0]), None)
+    batch = reinforce_bn.Batch(None, None, torch.tensor([3.0, 5.0]), None)
     reinforce_bn.policy_loss(log_prob, batch).backward()
     expected = torch.tensor([0.5, -0.5]) / np.sqrt(2)  # standardized advantages are -+1 / sqrt(2)
     torch.testing.assert_close(log_prob.grad, expected)
@@ -526,7 +523,9 @@ def test_every_pass_has_its_mode(on_policy, small, rollout, update):
     assert modes == [("actor", False)]
     modes.clear()
     x = torch.randn(128, 4)
-    batch = on_policy.Batch(x, torch.zeros(128), torch.zeros(128), torch.randn(128), x[:, 0])
+    parts = {"action": torch.zeros(128), "advantage": torch.randn(128), "returns": x[:, 0]}
+    parts |= {"log_prob": torch.zeros(128)} if on_policy is ppo_bn else {}
+    batch = on_policy.Batch(x, **parts)
     rest = (np.random.default_rng(0), args) if on_policy is ppo_bn else (args,)
     on_policy.update(agent, batch, *rest)
     assert len(modes) > 2 and {m for _, m in modes} == {update == "train"}
@@ -615,17 +614,17 @@ def test_three_ways_to_evaluate(on_policy, small, capsys, monkeypatch):
     args = small(on_policy, norm="batchnorm", norm_position=("input",), **options)
     seen, evaluate = [], on_policy.evaluate
 
-    def spy(agent, envs, act=on_policy.act):
-        returns = evaluate(agent, envs, act)
-        mean = agent.actor.net[0].running_mean.clone()
-        seen.append((act, envs.num_envs, returns.mean(), mean))
+    def spy(agent, envs):
+        returns, in_train_mode = evaluate(agent, envs), hasattr(agent.actor, "actor")
+        actor = agent.actor.actor if in_train_mode else agent.actor
+        mean = actor.net[0].running_mean.clone()
+        seen.append((in_train_mode, envs.num_envs, returns.mean(), mean))
         return returns
 
     monkeypatch.setattr(on_policy, "evaluate", spy)
     result = on_policy.train(args)
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("return by mode"))
-    ways = on_policy.act, on_policy.act_in_train_mode, on_policy.act, on_policy.act
-    assert tuple(act for act, _, _, _ in seen) == ways
+    assert [in_train_mode for in_train_mode, *_ in seen] == [False, True, False, False]
     assert [n for _, n, _, _ in seen] == [4, 4, 4, 1]
     means = [mean for _, _, _, mean in seen]
     assert torch.equal(means[0], means[1]) and torch.equal(means[2], means[3])
@@ -642,7 +641,8 @@ def test_evaluation_in_train_mode_uses_the_batch_and_moves_nothing(on_policy, sm
     agent = make_agent(on_policy, args)
     before = {k: v.clone() for k, v in agent.actor.state_dict().items()}
     obs = np.random.default_rng(0).normal(3, 5, size=(6, 3)).astype(np.float32)
-    found = on_policy.act_in_train_mode(agent, obs)
+    in_train_mode = SimpleNamespace(**vars(agent) | {"actor": on_policy.InTrainMode(agent.actor)})
+    found = on_policy.act(in_train_mode, obs)
     standardized = (obs - obs.mean(0)) / np.sqrt(obs.var(0) + 1e-5)
     expected = agent.actor.net[1:](torch.as_tensor(standardized)).detach()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

@@ -1,6 +1,7 @@
 """Whole runs of the scripts that learn from a replay buffer: what they store, learn and leave."""
 
 import importlib
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -215,6 +216,26 @@ def test_a_run_that_diverges_says_so(script, small, capsys):
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert "diverged" in err and "101" in err
     assert json.loads(Path(args.run_dir, "result.json").read_text())["diverged"]
+
+
+def test_a_weight_that_is_not_finite_reaches_no_checkpoint(script, small, monkeypatch):
+    """It breaks in the update of step 160, where an episode ends and a checkpoint is due."""
+    update, updates = script.update, itertools.count(1)
+
+    def broken(agent, *rest):
+        losses = update(agent, *rest)
+        if next(updates) == 60:
+            with torch.no_grad():
+                next(agent.actor.parameters())[0, 0] = float("nan")
+        return losses
+
+    monkeypatch.setattr(script, "update", broken)
+    args = small(script, env="ShortPendulum-v0", save_every=40)
+    result = script.train(args)
+    assert result["diverged"] and result["steps"] == 160
+    saved = checkpoint(args.run_dir)
+    assert saved["progress"][0] == 120
+    assert all(x.isfinite().all() for x in saved["actor"].values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

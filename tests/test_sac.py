@@ -169,6 +169,12 @@ def test_a_report_before_the_first_delayed_update(small):
     assert "losses/critic" in found and not {"losses/actor", "norm/actor_grad"} & found
 
 
+def test_losses_of_the_actor_are_reported_whenever_it_was_updated(small):
+    args = small(sac_bn, total_steps=2000, learning_starts=999, policy_delay=2)  # odd updates
+    sac_bn.train(args)
+    assert {"losses/actor", "losses/entropy", "losses/alpha"} <= tags(args.run_dir)
+
+
 def test_critics_differ_and_can_be_wider():
     agent, batch, _ = make_agent(critic_hidden_sizes=(24, 8))
     q = agent.critic(batch.obs, batch.action)

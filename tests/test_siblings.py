@@ -12,15 +12,16 @@ import sac_bn
 SCRIPTS = reinforce_bn, ppo_bn, ddpg_bn, sac_bn
 ALL = """
     fail parse changed_norm_options BatchRenorm hidden_layers make_filter gradient_step probe write
-    save_run load_run saved_args make_run_dir open_run describe_run Checked is_scalable
+    report_warmup save_run load_run saved_args make_run_dir open_run describe_run Checked
+    is_scalable
 """.split()  # noqa: SIM905
 OFF_POLICY = """
     norm_layer add_norm filter_batch Batch ReplayBuffer q_values update_target evaluate norm_scalars
     make_env report_evaluation
 """.split()  # noqa: SIM905
 ON_POLICY = """
-    norm_layer add_norm make_net Actor Critic RewardScale Batch as_input act explore state_value
-    evaluate moment_gap norm_scalars act_in_train_mode recalibrate make_env make_envs
+    norm_layer add_norm make_net Actor Critic RewardScale as_input act explore state_value
+    evaluate moment_gap norm_scalars InTrainMode recalibrate make_env make_envs
     report_evaluation report_modes
 """.split()  # noqa: SIM905
 
