@@ -64,13 +64,18 @@ def wall_time(run_dir):
     return sum(max(x) - min(x) for x in times if x)
 
 
+def described(about, script):
+    """Return the options in an args.json that are not at their defaults, and the versions."""
+    default = plain(importlib.import_module(script).Args())
+    args = {k: v for k, v in about["args"].items() if k not in NOT_OPTIONS}
+    options = " ".join(as_option(k, v) for k, v in args.items() if v != default.get(k))
+    return options, " ".join(f"{k}=={v}" for k, v in about["versions"].items())
+
+
 def rows(run, run_dir, commit):
     """Return the rows of one run that is finished or has diverged."""
     about, result = (json.loads((run_dir / x).read_text()) for x in ("args.json", "result.json"))
-    default = plain(importlib.import_module(run.cell.script).Args())
-    args = {k: v for k, v in about["args"].items() if k not in NOT_OPTIONS}
-    options = " ".join(as_option(k, v) for k, v in args.items() if v != default.get(k))
-    versions = " ".join(f"{k}=={v}" for k, v in about["versions"].items())
+    options, versions = described(about, run.cell.script)
     what = run.cell.name, run.cell.script, run.env, run.seed, options, commit, versions
     what += processor(), round(wall_time(run_dir)), int(result["diverged"])
 

@@ -785,6 +785,29 @@ def make(data, known, claims, figures):
     return blocks, "\n".join([HEAD, *pages])
 
 
+def landscape(file, figures):
+    """Return the text about what study.landscape saw; draw it if figures is given."""
+    if not file.exists():
+        return "Not looked at yet: `python -m study.landscape`, then `python -m study.report`."
+    rows = read_rows(file)
+    runs = dict.fromkeys(row["options"] for row in rows)
+    if figures:
+        size = 5 * len(runs), 3.8
+        figure, axes = plt.subplots(1, len(runs), figsize=size, squeeze=False, layout="constrained")
+        for ax, options in zip(axes[0], runs, strict=True):
+            for mode, shade in (("train", COLORS["batchnorm"]), ("eval", COLORS[REPAIRED])):
+                seen = [row for row in rows if (row["options"], row["mode"]) == (options, mode)]
+                x, q = ([float(row[name]) for row in seen] for name in ("factor", "q"))
+                ax.plot(x, q, color=shade, linewidth=2, label=f"critic in {mode} mode")
+            ax.set(xlabel="factor on all actions of the batch", ylabel="mean Q (discounted return)")
+            ax.set_xticks([-1, -0.5, 0, 0.5, 1])
+            ax.set_title(re.sub(r"--(total-steps|eval-every) \d+ ?", "", options))
+        handles = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=2)
+        save(figure, figures / "landscape.svg")
+    return "![mean Q by the size of actions, in either mode](study/figures/landscape.svg)"
+
+
 def speed(folder):
     """Return the table of what study.bench measured, and where and when."""
     rows = [row for file in sorted(folder.glob("*.csv")) for row in read_rows(file)]
@@ -802,6 +825,7 @@ def main(args):
     figures = None if args.check else args.root / "study" / "figures"
     blocks, text = make(read(args.root / "study" / "results"), known, claims, figures)
     blocks["speed"] = speed(args.root / "study" / "speed")
+    blocks["landscape"] = landscape(args.root / "study" / "landscape.csv", figures)
     new = {args.root / name: (args.root / name).read_text() for name in TEXTS}
     for name, content in blocks.items():
         place(new, name, content)

@@ -1,11 +1,13 @@
 """The report: verdicts follow from numbers by the rules, and the README from the results."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from study import cells, collect
+import ddpg_bn
+from study import cells, collect, landscape
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
@@ -64,6 +66,28 @@ def test_a_block_stands_once_and_its_links_work_from_where_it_stands(tmp_path):
     for texts in ({readme: marked, findings: marked}, {readme: marked * 2}, {readme: ""}):
         with pytest.raises(SystemExit, match="needs <!-- x begin --> and end once"):
             report.place(texts, "x", "")
+
+
+def test_a_critic_in_train_mode_is_flat_to_its_actor(root, small):
+    """Whatever the action: with batch norm last, and not with batch norm before the activation."""
+    args = (
+        small(ddpg_bn, norm="batchnorm"),
+        small(ddpg_bn, norm="batchnorm", norm_position=("pre",)),
+    )
+    runs = tuple(Path(ddpg_bn.train(x)["run_dir"]) for x in args)
+    file = root / "study" / "landscape.csv"
+    landscape.main(landscape.Args("abc", runs, file))
+    spans = {}
+    for row in report.read_rows(file):
+        assert (row["env"], row["seed"], row["commit"]) == ("Pendulum-v1", "1", "abc")
+        spans.setdefault(("pre" in row["options"], row["mode"]), []).append(float(row["q"]))
+    assert {len(q) for q in spans.values()} == {41}
+    spans = {what: np.ptp(q) for what, q in spans.items()}
+    assert spans[False, "train"] < 1e-4 * spans[False, "eval"]
+    assert spans[True, "train"] > 1e-3 * spans[True, "eval"]
+    report.main(report.Args(root=root))
+    assert (root / "study/figures/landscape.svg").exists()
+    assert "](study/figures/landscape.svg)" in (root / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
