@@ -201,7 +201,7 @@ MUTATIONS = [
     ),
     (
         "ppo_bn",
-        "obs = agent.obs_filter(obs, update=False)  # NORM obs: once, when acting;",
+        "obs = agent.obs_filter(obs, update=False)  # NORM obs: what a rollout",
         "obs = agent.obs_filter(obs, update=True)",
         "test_on_policy.py::test_statistics_are_those_of_all_training_observations",
     ),
@@ -244,8 +244,8 @@ MUTATIONS = [
     ),
     (
         "reinforce_bn",
-        "return copy.deepcopy(agent.actor).train()(as_input(agent, obs)).mode.cpu().numpy()",
-        "return agent.actor.train()(as_input(agent, obs)).mode.cpu().numpy()",
+        "return copy.deepcopy(self.actor).train()(obs)",
+        "return self.actor.train()(obs)",
         "test_on_policy.py::test_evaluation_in_train_mode_uses_the_batch_and_moves_nothing",
     ),
     (
@@ -256,9 +256,21 @@ MUTATIONS = [
     ),
     (
         "reinforce_bn",
-        "writer.flush()  # a resumed run writes only what follows",
-        "pass",
+        'write(run_dir / "checkpoint.pt", lambda file: (writer.flush(), torch.save(state, file)))',
+        'write(run_dir / "checkpoint.pt", lambda file: torch.save(state, file))',
         "test_faults.py::test_events_reach_the_disk_before_the_checkpoint",
+    ),
+    (
+        "ddpg_bn",
+        "diverged = not all(x.isfinite().all() for x in weights)",
+        "diverged = False",
+        "test_runs.py::test_a_weight_that_is_not_finite_reaches_no_checkpoint",
+    ),
+    (
+        "sac_bn",
+        "losses |= update(agent, batch, updates, args)",
+        "losses = update(agent, batch, updates, args)",
+        "test_sac.py::test_losses_of_the_actor_are_reported_whenever_it_was_updated",
     ),
 ]
 SAMPLE = 3, 10, 18, 27  # of each kind of script one, which takes seconds
