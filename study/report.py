@@ -35,7 +35,7 @@ COLORS = {  # the first whose words stand in a cell's options; legible in light 
     "fixed": "#17a2b8",
     "": "#7f7f7f",
 }
-DASHES = "-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))  # for cells of one colour
+LINES = ("-", ""), ("--", "o"), (":", "^"), ("-.", "s"), ("-", "D"), ("--", "v")  # of one colour
 UNITS = {
     "eval/return": "return in evaluation (sum of rewards)",
     "charts/episodic_return": "return while training (sum of rewards)",
@@ -416,7 +416,7 @@ def curves(ax, data, labels, known, env, scalar):
     used = {}
     for cell, label in labels.items():
         shade = color(known[cell])
-        dash = DASHES[next(used.setdefault(shade, itertools.count())) % len(DASHES)]
+        dash, marker = LINES[next(used.setdefault(shade, itertools.count())) % len(LINES)]
         if (cell, env) not in data:
             continue
         seeds = [points(rows, scalar) for _, rows in sorted(data[cell, env].items())]
@@ -425,7 +425,8 @@ def curves(ax, data, labels, known, env, scalar):
             continue
         seeds = [np.pad(x, ((0, 0), (0, length - x.shape[1])), "edge") for x in seeds]
         steps, y = np.max([x[0] for x in seeds], 0), np.array([x[1] for x in seeds])
-        line = {"linestyle": dash, "linewidth": 2, "marker": "o" if len(steps) == 1 else ""}
+        line = {"linestyle": dash, "marker": "o" if len(steps) == 1 else marker}
+        line |= {"linewidth": 2, "markersize": 5, "markevery": -(-len(steps) // 10)}
         ax.plot(steps / 1000, iqm(y, 0), color=shade, label=label, **line)
         low, high = interval(y)
         if not np.isnan(low).all():
