@@ -43,7 +43,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -58,7 +58,7 @@ from tqdm import tqdm
 from zfilter import RunningStat, ZFilter  # NORM obs: the one file that the scripts share
 
 ACTIVATION = nn.ReLU  # of hidden layers
-LOG_EVERY = 1000  # environment steps between two points of a loss or a diagnostic
+LOG_EVERY = 1000  # environment steps between two reports
 
 # ------------------------------------------------------------------------------------------- Args
 
@@ -132,15 +132,13 @@ class BatchRenorm(nn.BatchNorm1d):
             return super().forward(x)
         with torch.no_grad():
             # the kernel behind F.batch_norm returns its statistics; torch.var_mean is far slower
-            _, mean, inv_std = torch.native_batch_norm(
-                x, None, None, None, None, True, 0.0, self.eps
-            )
+            _, mean, rstd = torch.native_batch_norm(x, None, None, None, None, True, 0.0, self.eps)
             std = (self.running_var + self.eps).sqrt()
             warm = self.num_batches_tracked >= self.warmup
-            r = (1 / (inv_std * std)).clamp(1 / self.r_max, self.r_max).where(warm, 1.0)
+            r = (1 / (rstd * std)).clamp(1 / self.r_max, self.r_max).where(warm, 1.0)
             d = ((mean - self.running_mean) / std).clamp(-self.d_max, self.d_max).where(warm, 0.0)
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(inv_std**-2 - self.eps, self.momentum)
+            self.running_var.lerp_(rstd**-2 - self.eps, self.momentum)
             self.num_batches_tracked += 1
         gamma, beta = self.weight * r, self.weight * d + self.bias
         return F.batch_norm(x, None, None, gamma, beta, True, 0.0, self.eps)
@@ -267,11 +265,11 @@ def filter_batch(obs_filter, batch):
 class Batch(NamedTuple):
     """Transitions: obs and next_obs (n, obs_dim), action (n, action_dim), the others (n,)."""
 
-    obs: np.ndarray
-    action: np.ndarray
-    reward: np.ndarray
-    next_obs: np.ndarray
-    terminated: np.ndarray
+    obs: np.ndarray | torch.Tensor
+    action: np.ndarray | torch.Tensor
+    reward: np.ndarray | torch.Tensor
+    next_obs: np.ndarray | torch.Tensor
+    terminated: np.ndarray | torch.Tensor
 
 
 class ReplayBuffer:
@@ -447,8 +445,8 @@ def probe(net, *inputs):
     def keep(layer, inputs):
         x = inputs[0].movedim(1, -1).flatten(0, -2)  # an image counts as many samples
         var, mean = torch.var_mean(x, 0, correction=0)
-        stds = [(v + layer.eps).sqrt() for v in (layer.running_var, var)]
-        found.append((layer.running_mean.clone(), stds[0], mean, stds[1]))
+        old_std, std = ((v + layer.eps).sqrt() for v in (layer.running_var, var))
+        found.append((layer.running_mean.clone(), old_std, mean, std))
 
     def count_dead(layer, inputs, output):
         dead.append((output <= 0).all(0).float().mean().item())
@@ -512,9 +510,9 @@ def q_bias(agent, episodes, gamma):
 
 def report_warmup(agent):
     """Say so if layers of batch renormalization never left their warm-up."""
-    modules = itertools.chain(agent.actor.modules(), agent.critic.modules())
+    modules = *agent.actor.modules(), *agent.critic.modules()
     layers = [layer for layer in modules if isinstance(layer, BatchRenorm)]
-    warming = sum(int(layer.num_batches_tracked) <= layer.warmup for layer in layers)
+    warming = sum(0 < int(layer.num_batches_tracked) <= layer.warmup for layer in layers)
     if warming:
         print(f"{warming} of {len(layers)} layers were batch norm to the end: lower --bn-warmup")
 
@@ -617,12 +615,11 @@ def open_run(args):
 
 def describe_run(run_dir, args):
     """Write args.json, with options and versions; the run is not finished, so has no result."""
-    (run_dir / "result.json").unlink(missing_ok=True)
     names = "torch", "gymnasium", "mujoco", "numpy"  # mujoco only where the environment uses it
-    versions = {x: sys.modules[x].__version__ for x in names if x in sys.modules}
     about = {"script": Path(__file__).stem, "args": asdict(replace(args, resume=""))}
-    text = json.dumps(about | {"versions": versions}, indent=2)
-    write(run_dir / "args.json", lambda file: file.write(text.encode()))
+    about["versions"] = {x: sys.modules[x].__version__ for x in names if x in sys.modules}
+    text, old = json.dumps(about, indent=2), run_dir / "result.json"
+    write(run_dir / "args.json", lambda file: (old.unlink(True), file.write(text.encode())))
 
 
 # ------------------------------------------------------------------------------------- Command line
@@ -669,6 +666,11 @@ def changed_norm_options(args):
 # NORM end
 def check(args):
     """End with one line if an option is out of range or options make no sense together."""
+    for name, kind in Args.__annotations__.items():
+        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
+        for value in np.atleast_1d(getattr(args, name)) if get_origin(kind) is Literal else ():
+            if value not in get_args(kind):
+                fail(f"--{name.replace('_', '-')} {value}: choose from {get_args(kind)}")
     for low, high, names in LIMITS:
         for name in names.split():
             if not all(low <= value <= high for value in np.atleast_1d(getattr(args, name))):
@@ -710,7 +712,8 @@ def check(args):
 class Checked(gym.Wrapper):
     """Clips actions to their bounds, and ends an episode by reward NaN where float32 cannot go on.
 
-    That is at an observation of 1e18, whose square nears its limit, a reward of 1e38, or NaN.
+    That is at an observation of 1e18, whose square nears its limit, a reward of 1e38, or where one
+    of them or the action is NaN.
     """
 
     def reset(self, **options):
@@ -754,6 +757,11 @@ def make_env(args):
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
+def is_finite(agent):
+    """Whether every weight is a finite number."""
+    return all(x.isfinite().all() for x in (*agent.actor.parameters(), *agent.critic.parameters()))
+
+
 def report_evaluation(agent, env, args, step, writer, bar):
     """Evaluate, log and show it; return (step, mean return, std over episodes).
 
@@ -765,8 +773,7 @@ def report_evaluation(agent, env, args, step, writer, bar):
     if writer:
         writer.add_scalar("eval/return", mean, step)
         writer.add_scalar("eval/return_std", std, step)
-        bias = q_bias(agent, episodes, args.gamma)  # NORM report: is Q the return?
-        for name, value in bias.items():  # NORM report: see q_bias
+        for name, value in q_bias(agent, episodes, args.gamma).items():  # NORM report: see q_bias
             writer.add_scalar(f"norm/{name}", value, step)  # NORM report: mean and std
     bar.set_postfix_str(f"return {mean:.1f} ± {std:.1f}")
     if bar.disable and step < args.total_steps:  # no terminal to draw on
@@ -855,8 +862,7 @@ def train(args, stop=()):
             writer.add_scalar("charts/episodic_length", info["episode"]["l"], step)
             stopping = bool(stop)  # read once: a signal may come at any time
             if step < args.total_steps and (step >= save_step or stopping):
-                weights = *agent.actor.parameters(), *agent.critic.parameters()
-                diverged = not all(x.isfinite().all() for x in weights)
+                diverged = not is_finite(agent)
                 if diverged:  # the checkpoint before stays
                     break
                 save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
@@ -867,7 +873,7 @@ def train(args, stop=()):
     if step >= args.total_steps and not diverged:
         new = writer if step > start_step else None  # a finished run evaluated this step before
         evaluations.append(report_evaluation(agent, eval_env, args, step, new, bar))
-        diverged = not np.isfinite(evaluations[-1]).all()
+        diverged = not (is_finite(agent) and np.isfinite(evaluations[-1]).all())
     if diverged:
         what = "a loss, a weight, an observation, a reward or a return is not finite"
         print(f"diverged at step {step}: {what}", file=sys.stderr)

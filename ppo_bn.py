@@ -42,7 +42,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -136,15 +136,13 @@ class BatchRenorm(nn.BatchNorm1d):
             return super().forward(x)
         with torch.no_grad():
             # the kernel behind F.batch_norm returns its statistics; torch.var_mean is far slower
-            _, mean, inv_std = torch.native_batch_norm(
-                x, None, None, None, None, True, 0.0, self.eps
-            )
+            _, mean, rstd = torch.native_batch_norm(x, None, None, None, None, True, 0.0, self.eps)
             std = (self.running_var + self.eps).sqrt()
             warm = self.num_batches_tracked >= self.warmup
-            r = (1 / (inv_std * std)).clamp(1 / self.r_max, self.r_max).where(warm, 1.0)
+            r = (1 / (rstd * std)).clamp(1 / self.r_max, self.r_max).where(warm, 1.0)
             d = ((mean - self.running_mean) / std).clamp(-self.d_max, self.d_max).where(warm, 0.0)
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(inv_std**-2 - self.eps, self.momentum)
+            self.running_var.lerp_(rstd**-2 - self.eps, self.momentum)
             self.num_batches_tracked += 1
         gamma, beta = self.weight * r, self.weight * d + self.bias
         return F.batch_norm(x, None, None, gamma, beta, True, 0.0, self.eps)
@@ -462,8 +460,8 @@ def probe(net, *inputs):
     def keep(layer, inputs):
         x = inputs[0].movedim(1, -1).flatten(0, -2)  # an image counts as many samples
         var, mean = torch.var_mean(x, 0, correction=0)
-        stds = [(v + layer.eps).sqrt() for v in (layer.running_var, var)]
-        found.append((layer.running_mean.clone(), stds[0], mean, stds[1]))
+        old_std, std = ((v + layer.eps).sqrt() for v in (layer.running_var, var))
+        found.append((layer.running_mean.clone(), old_std, mean, std))
 
     def count_dead(layer, inputs, output):
         dead.append((output <= 0).all(0).float().mean().item())
@@ -536,9 +534,9 @@ def recalibrate(agent, obs, passes):
 
 def report_warmup(agent):
     """Say so if layers of batch renormalization never left their warm-up."""
-    modules = itertools.chain(agent.actor.modules(), agent.critic.modules())
+    modules = *agent.actor.modules(), *agent.critic.modules()
     layers = [layer for layer in modules if isinstance(layer, BatchRenorm)]
-    warming = sum(int(layer.num_batches_tracked) <= layer.warmup for layer in layers)
+    warming = sum(0 < int(layer.num_batches_tracked) <= layer.warmup for layer in layers)
     if warming:
         print(f"{warming} of {len(layers)} layers were batch norm to the end: lower --bn-warmup")
 
@@ -640,12 +638,11 @@ def open_run(args):
 
 def describe_run(run_dir, args):
     """Write args.json, with options and versions; the run is not finished, so has no result."""
-    (run_dir / "result.json").unlink(missing_ok=True)
     names = "torch", "gymnasium", "mujoco", "numpy"  # mujoco only where the environment uses it
-    versions = {x: sys.modules[x].__version__ for x in names if x in sys.modules}
     about = {"script": Path(__file__).stem, "args": asdict(replace(args, resume=""))}
-    text = json.dumps(about | {"versions": versions}, indent=2)
-    write(run_dir / "args.json", lambda file: file.write(text.encode()))
+    about["versions"] = {x: sys.modules[x].__version__ for x in names if x in sys.modules}
+    text, old = json.dumps(about, indent=2), run_dir / "result.json"
+    write(run_dir / "args.json", lambda file: (old.unlink(True), file.write(text.encode())))
 
 
 # ------------------------------------------------------------------------------------- Command line
@@ -692,6 +689,11 @@ def changed_norm_options(args):
 # NORM end
 def check(args):
     """End with one line if an option is out of range or options make no sense together."""
+    for name, kind in Args.__annotations__.items():
+        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
+        for value in np.atleast_1d(getattr(args, name)) if get_origin(kind) is Literal else ():
+            if value not in get_args(kind):
+                fail(f"--{name.replace('_', '-')} {value}: choose from {get_args(kind)}")
     for low, high, names in LIMITS:
         for name in names.split():
             if not all(low <= value <= high for value in np.atleast_1d(getattr(args, name))):
@@ -727,7 +729,7 @@ def check(args):
     if args.network == "cnn" and args.norm == "batchrenorm":
         fail("--norm batchrenorm is for vectors: use --norm batchnorm with --network cnn")
     if is_batch and args.num_envs < 2:
-        fail("--num-envs 1 leaves train mode no batch statistics: use 2 or more")
+        fail("--num-envs 1 has no batch statistics, which diagnostics need: use 2 or more")
     nothing_moves = args.bn_rollout == args.bn_update == "eval" and not args.bn_recalibrate
     for name in {"bn_momentum", "bn_warmup"} & changed.keys() if nothing_moves else ():
         fail(f"--{name.replace('_', '-')} needs a pass in train mode: drop --bn-update eval")
@@ -742,7 +744,8 @@ def check(args):
 class Checked(gym.Wrapper):
     """Clips actions to their bounds, and ends an episode by reward NaN where float32 cannot go on.
 
-    That is at an observation of 1e18, whose square nears its limit, a reward of 1e38, or NaN.
+    That is at an observation of 1e18, whose square nears its limit, a reward of 1e38, or where one
+    of them or the action is NaN.
     """
 
     def reset(self, **options):
@@ -805,6 +808,11 @@ def make_envs(args, n):
     return gym.vector.SyncVectorEnv([lambda: make_env(args)] * n, autoreset_mode=mode)
 
 
+def is_finite(agent):
+    """Whether every weight is a finite number."""
+    return all(x.isfinite().all() for x in (*agent.actor.parameters(), *agent.critic.parameters()))
+
+
 def report_evaluation(agent, envs, args, step, writer, bar):
     """Evaluate, log and show it; return (step, mean return, std over episodes).
 
@@ -835,7 +843,6 @@ def report_modes(agent, args, obs, step, writer):
     if args.bn_recalibrate:
         recalibrate(agent, obs, args.bn_recalibrate)
         returns["recalibrated"] = evaluate(agent, envs)
-    envs.close()
     for name, values in returns.items():
         writer.add_scalar(f"norm/return_{name}_mode", values.mean(), step)
     words = [f"{name} {x.mean():.1f} ± {x.std():.1f}" for name, x in returns.items()]
@@ -909,15 +916,13 @@ def train(args, stop=()):
         batch = make_batch(rollout, state_value(agent, obs, args), args)
         losses, taken = update(agent, batch, rng, args)
         updates += taken
-        learnt = *agent.actor.parameters(), *agent.critic.parameters(), rollout.reward
-        finite = (x.isfinite().all() for x in (*learnt, losses["policy"], losses["critic"]))
-        diverged = not all(finite)
+        finite = (x.isfinite().all() for x in (rollout.reward, losses["policy"], losses["critic"]))
+        diverged = not (is_finite(agent) and all(finite))
         # report
         if diverged:
             break
         writer.add_scalar("charts/SPS", (step - start_step) / (time.time() - start_time), step)
-        first_ratio = losses.pop("first_ratio")  # NORM report: see update
-        writer.add_scalar("norm/first_ratio", first_ratio, step)  # NORM report: 0 is right
+        writer.add_scalar("norm/first_ratio", losses.pop("first_ratio"), step)  # NORM report: 0
         for name, value in losses.items():
             writer.add_scalar(f"losses/{name}", value, step)
         rows = np.random.default_rng(step).permutation(len(batch.obs))  # NORM report: not the run's
@@ -947,7 +952,7 @@ def train(args, stop=()):
             report_modes(agent, args, batch.obs, step, writer)  # NORM report: in each mode
         new = writer if step > start_step else None  # a finished run evaluated this step before
         evaluations.append(report_evaluation(agent, eval_envs, args, step, new, bar))
-        diverged = not np.isfinite(evaluations[-1]).all()
+        diverged = not (is_finite(agent) and np.isfinite(evaluations[-1]).all())
     if diverged:
         what = "a loss, a weight, an observation, a reward or a return is not finite"
         print(f"diverged at step {step}: {what}", file=sys.stderr)

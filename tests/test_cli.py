@@ -72,6 +72,11 @@ def with_scripts(scripts, mistakes):
                 {"norm": "layernorm", "norm_position": ("post", "post")},
                 ["--norm-position names a place twice"],
             ),
+            ({"norm": "batch_norm"}, ["--norm batch_norm", "batchnorm"]),
+            (
+                {"norm": "batchnorm", "norm_position": ("pre", "mid")},
+                ["--norm-position mid", "post"],
+            ),
             ({"norm": "batchnorm", "bn_warmup": 5}, ["--bn-warmup", "batchrenorm"]),
             ({"bn_warmup": 5}, ["--bn-warmup needs --norm batchrenorm"]),
             ({"norm": "zfilter", "norm_net": "actor"}, ["--norm-net"]),

@@ -206,8 +206,9 @@ def test_an_evaluation_does_not_pass_over_nan(script, eval_every, about, hostile
     assert not np.isnan(list(numbers(checkpoint(args.run_dir)))).any()
 
 
+@pytest.mark.parametrize("net", ["actor", "critic"])
 @pytest.mark.parametrize("script", ["ddpg_bn", "sac_bn"])
-def test_weights_that_become_nan_in_the_last_step_do_not_pass(script, hostile, monkeypatch):
+def test_weights_that_become_nan_in_the_last_step_do_not_pass(script, net, hostile, monkeypatch):
     module = importlib.import_module(script)
     update, count = module.update, [0]
 
@@ -216,7 +217,7 @@ def test_weights_that_become_nan_in_the_last_step_do_not_pass(script, hostile, m
         count[0] += 1
         if count[0] == 160:
             with torch.no_grad():
-                next(agent.actor.parameters()).fill_(NAN)
+                next(getattr(agent, net).parameters()).fill_(NAN)
         return losses
 
     monkeypatch.setattr(module, "update", broken)

@@ -262,9 +262,15 @@ MUTATIONS = [
     ),
     (
         "ddpg_bn",
-        "diverged = not all(x.isfinite().all() for x in weights)",
+        "diverged = not is_finite(agent)",
         "diverged = False",
         "test_runs.py::test_a_weight_that_is_not_finite_reaches_no_checkpoint",
+    ),
+    (
+        "ddpg_bn",
+        "diverged = not (is_finite(agent) and np.isfinite(evaluations[-1]).all())",
+        "diverged = not np.isfinite(evaluations[-1]).all()",
+        "test_hostile.py::test_weights_that_become_nan_in_the_last_step_do_not_pass",
     ),
     (
         "sac_bn",

@@ -13,7 +13,7 @@ SCRIPTS = reinforce_bn, ppo_bn, ddpg_bn, sac_bn
 ALL = """
     fail parse changed_norm_options BatchRenorm hidden_layers make_filter gradient_step probe write
     report_warmup save_run load_run saved_args make_run_dir open_run describe_run Checked
-    is_scalable
+    is_scalable is_finite
 """.split()  # noqa: SIM905
 OFF_POLICY = """
     norm_layer add_norm filter_batch Batch ReplayBuffer q_values update_target evaluate norm_scalars
