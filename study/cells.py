@@ -16,6 +16,7 @@ CLAIMS = ROOT / "study" / "claims.toml"
 RESULTS = ROOT / "study" / "results"
 RUNS = Path("runs", "study")  # as seen from ROOT
 STATISTICS = "obs_stats.npz"
+NEEDED = r"\{(.+?)\}"  # in the options of a cell: another one, whose statistics it uses
 PLACE = "run_dir", "resume", "device", "norm_stats"  # where files lie, and on what a run is made
 BY_HAND = *PLACE, "save_every"  # options that a run made by hand may choose
 
@@ -40,7 +41,7 @@ class Cell(NamedTuple):
 
     def needs(self):
         """Return the names of the cells whose statistics this one uses."""
-        return [f"{self.family}-{name}" for name in re.findall(r"\{(.+?)\}", self.options)]
+        return [f"{self.family}-{name}" for name in re.findall(NEEDED, self.options)]
 
 
 class Run(NamedTuple):
@@ -58,7 +59,7 @@ class Run(NamedTuple):
         def statistics(match):
             return str(folder / f"{self.cell.family}-{match[1]}" / self.path().name / STATISTICS)
 
-        words = [re.sub(r"\{(.+?)\}", statistics, x) for x in shlex.split(self.cell.options)]
+        words = [re.sub(NEEDED, statistics, x) for x in shlex.split(self.cell.options)]
         words += ["--env", self.env, "--seed", str(self.seed)]
         return [*words, "--total-steps", str(self.cell.steps)]
 

@@ -31,9 +31,8 @@ SCALARS += "norm/return_eval_mode", "norm/return_train_mode", "norm/return_recal
 COLUMNS = "cell", "script", "env", "seed", "options", "commit", "versions", "cpu", "wall_s"
 COLUMNS += "diverged", "step", *SCALARS
 NOT_OPTIONS = "env", "seed", "run_dir", "resume", "device"
-logging.getLogger("tensorboard").setLevel(
-    logging.ERROR
-)  # a run that is resumed says so in a warning
+# a run that is resumed says so in a warning
+logging.getLogger("tensorboard").setLevel(logging.ERROR)
 
 
 @dataclass

@@ -32,8 +32,8 @@ class Args:
 @torch.no_grad()
 def look(run_dir, commit):
     """Return the rows of a run that is finished."""
-    about = json.loads((run_dir / "args.json").read_text())
     args = ddpg_bn.saved_args(run_dir)
+    about = json.loads((run_dir / "args.json").read_text())
     options, versions = collect.described(about, "ddpg_bn")
     what = "ddpg_bn", args.env, args.seed, options, commit, versions
     agent = ddpg_bn.make_agent(ddpg_bn.make_env(args), args, "cpu")

@@ -99,97 +99,6 @@ LAST, LAST_FIVE = "eval/return last 1", "eval/return last 5"
 HALF_CHEETAH, HOPPER, ANT, CARTPOLE = "HalfCheetah-v4", "Hopper-v4", "Ant-v4", "CartPole-v1"
 
 
-class Picture(NamedTuple):
-    """What stands between the markers of its name, of those of its cells with runs."""
-
-    labels: dict[str, str]  # {cell: words}
-    envs: tuple[str, ...]
-    scalars: tuple[str, ...]  # of its panels, in each environment
-    has_table: bool  # of final returns
-
-
-PICTURES = {
-    "first": Picture(
-        {
-            "ddpg-none": "none",
-            "ddpg-layernorm-no-target": "layernorm, --no-target-network",
-            "ddpg-batchnorm": "batchnorm",
-            "ddpg-eval-policy-critic": f"batchnorm, {REPAIRED}",
-            "ddpg-joint-target-train": "+ --bn-joint --bn-target train",
-        },
-        (HALF_CHEETAH, HOPPER),
-        ("eval/return",),
-        True,
-    ),
-    "main": Picture(
-        {
-            "ddpg-main-none": "none",
-            "ddpg-main-layernorm": "layernorm",
-            "ddpg-main-zfilter": "zfilter",
-            "ddpg-main-batchnorm": "batchnorm",
-            "ddpg-main-eval-policy-critic": f"batchnorm, {REPAIRED}",
-            "ddpg-main-target-train": "+ --bn-target train",
-            "ddpg-main-joint-target-train": "+ --bn-joint --bn-target train",
-        },
-        (ANT,),
-        ("eval/return", "norm/q_bias"),
-        True,
-    ),
-    "stretch": Picture(
-        {
-            "ddpg-eval-policy-critic": f"batchnorm, {REPAIRED}",
-            "ddpg-pre-eval-policy-critic": "+ --norm-position pre",
-        },
-        (HALF_CHEETAH, HOPPER),
-        ("norm/target_stretch", "norm/q_bias"),
-        True,
-    ),
-    "joint": Picture(
-        {
-            "ddpg-none": "none",
-            "ddpg-eval-policy-critic": f"batchnorm, {REPAIRED}",
-            "ddpg-target-train": "+ --bn-target train",
-            "ddpg-joint": "+ --bn-joint",
-            "ddpg-joint-target-train": "+ --bn-joint --bn-target train",
-            "ddpg-crossnorm": "+ --bn-joint --no-target-network",
-        },
-        (HALF_CHEETAH, HOPPER),
-        ("eval/return", "norm/q_bias"),
-        True,
-    ),
-    "crossq": Picture(
-        {
-            "sac-plain": "SAC",
-            "sac-plain-crossq": "CrossQ (critics 512 wide, not 2048; batch norm to the end)",
-        },
-        (HALF_CHEETAH,),
-        ("eval/return", "norm/q_bias"),
-        True,
-    ),
-    "ratio": Picture(
-        {
-            "reinforce-none": "none",
-            "reinforce-layernorm": "layernorm",
-            "reinforce-eval-eval": "batchnorm: act eval, learn eval",
-            "reinforce-eval-train": "batchnorm: act eval, learn train",
-            "reinforce-train-train": "batchnorm: act train, learn train",
-        },
-        (CARTPOLE,),
-        ("charts/episodic_return", "norm/first_ratio"),
-        False,
-    ),
-    "ppo": Picture(
-        {
-            "ppo-none": "none",
-            "ppo-eval-eval": "batchnorm: act eval, learn eval",
-            "ppo-eval-train": "batchnorm: act eval, learn train",
-            "ppo-train-train": "batchnorm: act train, learn train",
-        },
-        (HALF_CHEETAH, HOPPER),
-        ("charts/episodic_return", "norm/first_ratio"),
-        False,
-    ),
-}
 SUMMARY = {  # words: cell of each family, where it has one
     "none": "none",
     "none, --no-target-network": "none-no-target",
@@ -223,6 +132,73 @@ SUMMARY = {  # words: cell of each family, where it has one
     "+ --bn-joint --no-target-network": "no-target crossnorm",
     "CrossQ": "crossq",
 }
+NAMES = {name: words for words, names in SUMMARY.items() for name in names.split()}
+
+
+def named(family, names):
+    """Return {cell: words} of cells of a family."""
+    return {f"{family}-{name}": NAMES[name] for name in names.split()}
+
+
+class Picture(NamedTuple):
+    """What stands between the markers of its name, of those of its cells with runs."""
+
+    labels: dict[str, str]  # {cell: words}
+    envs: tuple[str, ...]
+    scalars: tuple[str, ...]  # of its panels, in each environment
+    has_table: bool  # of final returns
+
+
+PICTURES = {
+    "first": Picture(
+        named("ddpg", "none layernorm-no-target batchnorm eval-policy-critic joint-target-train"),
+        (HALF_CHEETAH, HOPPER),
+        ("eval/return",),
+        True,
+    ),
+    "main": Picture(
+        named(
+            "ddpg-main",
+            "none layernorm zfilter batchnorm eval-policy-critic target-train joint-target-train",
+        ),
+        (ANT,),
+        ("eval/return", "norm/q_bias"),
+        True,
+    ),
+    "stretch": Picture(
+        named("ddpg", "eval-policy-critic pre-eval-policy-critic"),
+        (HALF_CHEETAH, HOPPER),
+        ("norm/target_stretch", "norm/q_bias"),
+        True,
+    ),
+    "joint": Picture(
+        named("ddpg", "none eval-policy-critic target-train joint joint-target-train crossnorm"),
+        (HALF_CHEETAH, HOPPER),
+        ("eval/return", "norm/q_bias"),
+        True,
+    ),
+    "crossq": Picture(
+        {
+            "sac-plain": "SAC",
+            "sac-plain-crossq": "CrossQ (critics 512 wide, not 2048; batch norm to the end)",
+        },
+        (HALF_CHEETAH,),
+        ("eval/return", "norm/q_bias"),
+        True,
+    ),
+    "ratio": Picture(
+        named("reinforce", "none layernorm eval-eval eval-train train-train"),
+        (CARTPOLE,),
+        ("charts/episodic_return", "norm/first_ratio"),
+        False,
+    ),
+    "ppo": Picture(
+        named("ppo", "none eval-eval eval-train train-train"),
+        (HALF_CHEETAH, HOPPER),
+        ("charts/episodic_return", "norm/first_ratio"),
+        False,
+    ),
+}
 LADDER = {  # the same, of the steps to CrossQ
     "no layers": "none",
     "`--norm batchnorm`": "batchnorm",
@@ -238,7 +214,9 @@ HEAD = """# The claims
 
 Written by `python -m study.report` from the results. The rules of the verdicts stand in
 [claims.toml](claims.toml); intervals are 95 % bootstrap intervals over seeds. Of three seeds the
-interquartile mean (IQM) is the mean, of five that of the middle three.
+interquartile mean (IQM) is the mean, of five that of the middle three. `>` and `<` hold if the
+interval of the difference lies wholly on that side; `>=`, `<=` and `=` if nothing was found against
+them, which few seeds make easy.
 """
 
 
@@ -277,7 +255,8 @@ def values(data, cell, env, metric):
     runs = [rows for _, rows in sorted(data.get((cell, env), {}).items())]
     if how.startswith("last"):
         n = int(how.split()[1])
-        runs = [[row for row in rows if row.get("eval/return")][-n:] for rows in runs]
+        evaluated = [[row for row in rows if points([row], LAST.split()[0]).size] for rows in runs]
+        runs = [rows[-n:] for rows in evaluated]  # a run that diverged: those before
     known = [points(rows, scalar)[1] for rows in runs]
     return [float(np.mean(x)) if len(x) else float("nan") for x in known]
 
@@ -295,7 +274,9 @@ def interval(*samples, paired=False):
     def statistic(x, y=None, axis=-1):
         return iqm(x, axis) - (0 if y is None else iqm(y, axis))
 
-    options = {"method": "percentile", "n_resamples": 10_000, "paired": paired, "rng": 0}
+    # few seeds make few different resamples, so a verdict may hang on chance: draw many for these
+    n = 100_000 if np.ndim(samples[0]) == 1 else 10_000
+    options = {"method": "percentile", "n_resamples": n, "paired": paired, "rng": 0}
     return stats.bootstrap(samples, statistic, axis=0, **options).confidence_interval
 
 
@@ -410,8 +391,8 @@ def set_scale(ax, scalar):
 def curves(ax, data, labels, known, env, scalar):
     """Draw the IQM over seeds of each cell, and its interval as a shade.
 
-    Evaluations are matched by their number, since in REINFORCE and PPO steps differ a little; a
-    run that diverged stays at its last value.
+    Evaluations at which the scalar is known are matched by their number, since in REINFORCE and
+    PPO steps differ a little; a run that diverged stays at its last value.
     """
     used = {}
     for cell, label in labels.items():
@@ -431,7 +412,7 @@ def curves(ax, data, labels, known, env, scalar):
         low, high = interval(y)
         if not np.isnan(low).all():
             ax.fill_between(steps / 1000, low, high, color=shade, alpha=0.15, linewidth=0)
-    ax.set(xlabel="environment steps (thousands)", ylabel=UNITS.get(scalar, scalar))
+    ax.set(xlabel="environment steps (thousands)", ylabel=UNITS[scalar])
     set_scale(ax, scalar)
 
 
@@ -559,19 +540,17 @@ def summary_table(data, known, labels, *families):
     for words, names in labels.items():
         shown = []
         for family, env in columns:
-            cells_of_row = [f"{family}-{name}" for name in names.split()]
-            found = [x for x in cells_of_row if x in known]
+            shown.append("")
+            found = [x for name in names.split() if (x := f"{family}-{name}") in known]
             found = [x for x in found if not missing(data, [known[x].within(env)])]
-            if not found:
-                shown.append("")
-                continue
-            last, five = (values(data, found[0], env, metric) for metric in (LAST, LAST_FIVE))
-            shown.append(f"{with_interval(last)}; {number(iqm(five))}")
+            for cell in found[:1]:
+                last, five = (values(data, cell, env, metric) for metric in (LAST, LAST_FIVE))
+                shown[-1] = f"{with_interval(last)}; {number(iqm(five))}"
         rows.append([words, *shown])
-    head = [f"`{family}_bn.py`, {env}" for family, env in columns]
-    used = [k for k in range(len(columns)) if any(row[k + 1] for row in rows)]
-    rows = [[row[0], *(row[k + 1] for k in used)] for row in rows]
-    return table(["", *(head[k] for k in used)], [row for row in rows if any(row[1:])])
+    head = ["", *(f"`{family}_bn.py`, {env}" for family, env in columns)]
+    used = [column for column in zip(head, *rows, strict=True) if any(column[1:])]
+    head, *rows = zip(*used, strict=True)
+    return table(head, [row for row in rows if any(row[1:])])
 
 
 def command(cell):
@@ -753,8 +732,7 @@ def make(data, known, claims, figures):
 
     blocks["summary"] = summary_table(data, known, SUMMARY, "reinforce", "ppo", "ddpg", "sac")
     blocks["ladder"] = summary_table(data, known, LADDER, "ddpg", "sac")
-    words = {"batchnorm": "batchnorm", "eval-policy-critic": f"batchnorm, {REPAIRED}"}
-    labels = {f"ddpg-{name}": label for name, label in words.items()}
+    labels = named("ddpg", "batchnorm eval-policy-critic")
     blocks["mechanism"] = not_made(labels)
     if not missing(data, [known[cell] for cell in labels]):
         words = "Gradient, saturation, lag of statistics, bias of Q and return of two runs"

@@ -19,6 +19,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,13 +32,14 @@ from tyro.conf import Positional
 from study import cells, collect
 
 TRIES = 10  # of a run that is killed
+QUIET = 600  # seconds between two words about progress where there is no terminal
 COST = {"reinforce_bn": 0.2, "ppo_bn": 1.0, "ddpg_bn": 8.0, "sac_bn": 16.0}  # of a step, roughly
 
 
 @dataclass
 class Args:
     names: Positional[tuple[str, ...]] = ()  # ids of claims, or names of cells; none: all
-    address: str = ""  # of a Ray cluster; none: Ray on this machine
+    address: str = ""  # HOST:PORT of a Ray cluster; none: Ray on this machine
     cpus: int | None = None  # runs at a time, without --address; none: the number of cores
     dry_run: bool = False  # print the commands of the missing runs
     file: Path = cells.CLAIMS  # the claims and their cells
@@ -169,10 +171,11 @@ def clock(seconds):
 
 
 class Screen:
-    """Says how far all runs and each of them are, in place on a terminal."""
+    """Says how far all runs and each of them are: in place on a terminal, else now and then."""
 
     def __init__(self, runs):
         self.start, self.first, self.lines = time.time(), {}, 0
+        self.drawn = self.start
         self.left = dict.fromkeys(runs)  # that are not done
         self.total, self.gone = len(runs), 0.0  # gone: cost of what was done since the start
 
@@ -201,36 +204,49 @@ class Screen:
         left = f", {clock((now - self.start) * (whole - gone) / gone)} left" if gone else ""
         lines.insert(0, f"{self.total - len(self.left)} of {self.total} runs{left}")
         if sys.stdout.isatty():
-            print(f"\033[{self.lines}F\033[J" * bool(self.lines) + "\n".join(lines), flush=True)
+            self.clear()
             self.lines = len(lines)
-        return lines
+        elif now < self.drawn + QUIET:
+            return
+        print("\n".join(lines), flush=True)
+        self.drawn = now
+
+    def clear(self):
+        print(f"\033[{self.lines}F\033[J" * bool(self.lines), end="")
+        self.lines = 0
 
     def done(self, run, words, steps):
         """Say that a run is done, and what came of it."""
         self.left.pop(run)
         self.gone += self.cost(run)
-        if sys.stdout.isatty():
-            print(f"\033[{self.lines}F\033[J" * bool(self.lines), end="")
-            self.lines = 0
+        self.clear()
         print(f"{run.path()}: {words}", flush=True)
-        if not sys.stdout.isatty():
-            print(self.draw(steps)[0], flush=True)
+        self.drawn = 0
+        self.draw(steps)
 
 
 def choose(args):
     """Return the runs that are to be made, and all cells."""
-    claims, known = cells.load(args.file)
+    try:
+        claims, known = cells.load(args.file)
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"--file {args.file} holds no claims and cells ({error!r})")
     chosen = []
     for name in args.names or known:
-        if name not in claims and name not in known:
+        if name in claims:
+            chosen += cells.cells_of(claims[name], known).values()
+        elif name in known:
+            chosen.append(known[name])
+        else:
             fail(f"{name} is no claim ({', '.join(claims)}) and no cell of {args.file}")
-        chosen += cells.cells_of(claims[name], known).values() if name in claims else [known[name]]
     every = [run for cell in chosen for run in cell.runs()]
     runs = {str(run.path()): run._replace(cell=known[run.cell.name]) for run in every}
     return [run for name, run in runs.items() if not (args.results / f"{name}.csv").exists()], known
 
 
 def main(args):
+    if args.cpus is not None and args.cpus < 1:
+        fail(f"--cpus {args.cpus} makes no runs: use 1 or more")
     todo, known = choose(args)
     if args.dry_run:
         for run in todo:
@@ -246,6 +262,11 @@ def main(args):
         fail("Ray is not installed: pip install -r study/requirements.txt")
     options = {"log_to_driver": False, "logging_level": "error"}
     if args.address:
+        try:
+            host, port = args.address.rsplit(":", 1)
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray waits for minutes
+        except (OSError, ValueError) as error:
+            fail(f"--address {args.address}: give HOST:PORT of a cluster that runs ({error})")
         ray.init(args.address, **options)
     else:
         ray.init("local", num_cpus=args.cpus, include_dashboard=False, **options)
@@ -284,9 +305,9 @@ def main(args):
                     collect.write(file, table)
                 screen.done(run, words, ray.get(board.look.remote()))
             screen.draw(ray.get(board.look.remote()))
-    except ray.exceptions.RayTaskError as error:
+    except ray.exceptions.RayError as error:
         stop(ray, waiting)
-        fail(error.cause)
+        fail(getattr(error, "cause", error))
     except KeyboardInterrupt:
         words = "stopping, the runs save themselves; then the same command goes on from there"
         print(words, flush=True)

@@ -221,7 +221,7 @@ FAILURES = [
         "obs = agent.obs_filter(obs, update=False)  # NORM obs: the policy sees",
         "obs = agent.obs_filter(obs)  # NORM obs: the policy sees",
         "The filter learns from evaluation (and, in DDPG, twice from each state it acts in).",
-        "https://github.com/vwxyzjn/cleanrl/pull/556",
+        "https://github.com/DLR-RM/rl-baselines3-zoo/issues/275",
         evaluation_is_counted,
     ),
     Failure(

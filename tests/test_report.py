@@ -1,5 +1,6 @@
 """The report: verdicts follow from numbers by the rules, and the README from the results."""
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -129,6 +130,8 @@ def test_a_run_that_diverged_counts_with_its_last_evaluation(root):
     values = report.values(data, "ddpg-none", "Hopper-v4", "eval/return last 1")
     assert values == [103, 104, 105]
     assert report.values(data, "ddpg-none", "Hopper-v4", "eval/return mean")[0] == 102.5
+    data["ddpg-none", "Hopper-v4"][1][-1]["eval/return"] = "nan"  # it is what diverged
+    assert report.values(data, "ddpg-none", "Hopper-v4", "eval/return last 1") == values
 
 
 def test_the_page_of_a_claim_counts_the_runs_that_diverged(root):
@@ -226,6 +229,17 @@ def test_a_picture_shows_the_cells_that_have_runs_and_tells_which_are_missing(ro
     assert rows == ["| options", "| ---", "| none", "| batchnorm"]
     assert "\n\n19 of 30 runs are missing: `ddpg-layernorm-no-target` (6), " in first
     assert "`ddpg-batchnorm` (1)" in first and "`ddpg-none`" not in first
+
+
+def test_an_interval_hardly_depends_on_chance():
+    """All 27 x 27 resamples of three seeds and three, the means of each."""
+    x, y = [1.0, 20.0, 300.0], [7.0, 40.0, 90.0]
+    means = [[np.mean(draw) for draw in itertools.product(z, repeat=3)] for z in (x, y)]
+    every = np.sort(np.subtract.outer(*means).ravel())
+    low, high = report.interval(x, y)
+    n = len(every)
+    assert every[int(0.023 * n)] <= low <= every[int(0.027 * n)]
+    assert every[int(0.973 * n)] <= high <= every[int(0.977 * n)]
 
 
 def test_one_run_has_no_interval_nor_has_a_run_of_which_nothing_is_known():

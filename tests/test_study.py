@@ -133,8 +133,11 @@ def test_a_run_by_hand_finds_its_cell(run, tmp_path):
 
 
 def test_a_run_is_chosen_once_whoever_needs_it():
-    todo, known = study.run.choose(study.run.Args(("B8", "ddpg-fixed-1"), results=Path("none")))
+    names = "B8", "Z7", "ddpg-none"  # both claims compare the third
+    todo, known = study.run.choose(study.run.Args(names, results=Path("none")))
     assert all(run.cell == known[run.cell.name] for run in todo)
+    paths = [run.path() for run in todo]
+    assert len(set(paths)) == len(paths) and Path("ddpg-none/Hopper-v4-seed3") in paths
 
 
 def test_the_name_of_a_file_has_no_namespace():
@@ -153,9 +156,32 @@ def test_a_dry_run_prints_the_missing_commands(tiny, tmp_path):
     assert f"--norm-stats {stats}" in lines[0]
 
 
-def test_an_unknown_name_gets_one_line(tiny):
-    result = subprocess.run(tiny("out", "Z99"), capture_output=True, text=True, cwd=cells.ROOT)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Z99" in result.stderr
+@pytest.mark.parametrize(
+    "words",
+    [("Z99",), ("--cpus", "0"), ("--file", "no.toml"), ("--file", __file__), ("--address", "x:1")],
+    ids=" ".join,
+)
+def test_a_mistake_gets_one_line(tiny, words):
+    if "--address" in words:
+        pytest.importorskip("ray")
+    result = subprocess.run(tiny("out", *words), capture_output=True, text=True, cwd=cells.ROOT)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert " ".join(words) in result.stderr
+
+
+def test_progress_is_told_now_and_then_where_there_is_no_terminal(run, capsys, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    screen = study.run.Screen([run])
+    for step in range(0, 1000, 10):  # a run of 2000 steps
+        screen.draw({run: step})
+        now[0] += 10
+    whole, each = capsys.readouterr().out.splitlines()
+    assert whole == "0 of 1 runs, 23 min left"
+    assert each == "  tiny-none/CartPole-v1-seed1   step 600 of 2000, 23 min left"
+    screen.done(run, "return 7", {run: 2000})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["tiny-none/CartPole-v1-seed1: return 7", "1 of 1 runs, 0 s left"]
 
 
 @pytest.fixture
