@@ -205,7 +205,7 @@ LADDER = {  # the same, of the steps to CrossQ
     f"1. `{REPAIRED}`": "eval-policy-critic",
     "2. `--bn-joint`": "joint",
     "3. `--no-target-network`": "no-target crossnorm",
-    "5. CrossQ": "crossq",
+    "4. and 5., critics 512 wide: CrossQ": "crossq",
 }
 MECHANISM = "norm/actor_grad", "norm/saturation", "norm/stat_lag", "norm/q_bias", "eval/return"
 ORDER = "order of onset: "
