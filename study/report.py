@@ -177,6 +177,12 @@ PICTURES = {
         ("eval/return", "norm/q_bias"),
         True,
     ),
+    "sac": Picture(
+        named("sac", "none eval-policy-critic no-target crossq"),
+        (HALF_CHEETAH, HOPPER),
+        ("eval/return",),
+        False,
+    ),
     "crossq": Picture(
         {
             "sac-plain": "SAC",
@@ -205,7 +211,7 @@ LADDER = {  # the same, of the steps to CrossQ
     f"1. `{REPAIRED}`": "eval-policy-critic",
     "2. `--bn-joint`": "joint",
     "3. `--no-target-network`": "no-target crossnorm",
-    "4. and 5., critics 512 wide: CrossQ": "crossq",
+    "4. and 5.: CrossQ, critics 512 wide": "crossq",
 }
 MECHANISM = "norm/actor_grad", "norm/saturation", "norm/stat_lag", "norm/q_bias", "eval/return"
 ORDER = "order of onset: "
