@@ -276,7 +276,8 @@ def test_options_that_are_damaged_or_foreign_are_refused(name, small, capsys):
         file.write_text(text)
         code, out, err = play(name, ["--resume", args.run_dir])
         line = one_line(name, err)
-        assert code == 2 and out == "" and ("--resume" in line or "--seed" in line), text
+        assert code == 2 and out == "", text
+        assert any(word in line for word in ("--resume", "--seed", "--norm 5")), (text, line)
         assert snapshot(args.run_dir) == before | {"args.json": text.encode()}
     other = importlib.import_module(SCRIPTS[SCRIPTS.index(name) ^ 1])
     strange = dataclasses.asdict(other.Args(run_dir=args.run_dir))
