@@ -40,10 +40,11 @@ import os
 import signal
 import sys
 import time
+from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -131,7 +132,7 @@ class BatchRenorm(nn.BatchNorm1d):
         if not self.training:
             return super().forward(x)
         with torch.no_grad():
-            # the kernel behind F.batch_norm returns its statistics; torch.var_mean is far slower
+            # the kernel behind batch_norm returns its statistics; torch.var_mean is far slower
             _, mean, rstd = torch.native_batch_norm(x, None, None, None, None, True, 0.0, self.eps)
             std = (self.running_var + self.eps).sqrt()
             warm = self.num_batches_tracked >= self.warmup
@@ -141,7 +142,7 @@ class BatchRenorm(nn.BatchNorm1d):
             self.running_var.lerp_(rstd**-2 - self.eps, self.momentum)
             self.num_batches_tracked += 1
         gamma, beta = self.weight * r, self.weight * d + self.bias
-        return F.batch_norm(x, None, None, gamma, beta, True, 0.0, self.eps)
+        return nn.functional.batch_norm(x, None, None, gamma, beta, True, 0.0, self.eps)
 
 
 def norm_layer(features, args):
@@ -153,9 +154,9 @@ def norm_layer(features, args):
     return nn.LayerNorm(features)
 
 
-def add_norm(net, args):
-    """Return the layers of net with normalization layers at --norm-position."""
-    if args.norm in ("none", "zfilter", "fixed"):
+def add_norm(net, name, args):
+    """Return the layers of net with normalization layers at --norm-position, if it has any."""
+    if args.norm in ("none", "zfilter", "fixed") or args.norm_net not in ("both", name):
         return net
     width, position = net[0].in_features, args.norm_position or ("post",)
     layers = [norm_layer(width, args)] if "input" in position else []
@@ -194,8 +195,7 @@ class Actor(nn.Module):
         layers = hidden_layers(obs_dim, *args.hidden_sizes)
         outputs = final_layer(args.hidden_sizes[-1], action_space.shape[0])
         self.net = nn.Sequential(*layers, outputs)
-        if args.norm_net != "critic":  # NORM layer: --norm-net says who is normalized
-            self.net = add_norm(self.net, args)  # NORM layer: the actor, on s
+        self.net = add_norm(self.net, "actor", args)  # NORM layer: on s
         low, high = torch.tensor(np.float32([action_space.low, action_space.high]))
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
@@ -213,10 +213,10 @@ class Critic(nn.Module):
         after = (before[-1] + action_space.shape[0], *args.hidden_sizes[args.action_layer :])
         self.obs_net = nn.Sequential(*hidden_layers(*before))
         self.net = nn.Sequential(*hidden_layers(*after), final_layer(after[-1], 1))
-        if args.norm_net != "actor" and args.action_layer == 0:  # NORM layer: who is normalized
-            self.net = add_norm(self.net, args)  # NORM layer: the critic, on (s, a)
-        if args.norm_net != "actor" and args.action_layer == 1:  # NORM layer: as in the paper, only
-            self.obs_net = add_norm(self.obs_net, args)  # NORM layer: what comes before the action
+        if args.action_layer == 0:  # NORM layer: the input holds the action, too
+            self.net = add_norm(self.net, "critic", args)  # NORM layer: on (s, a)
+        else:  # NORM layer: as in the paper, only what comes before the action
+            self.obs_net = add_norm(self.obs_net, "critic", args)  # NORM layer: on s
 
     def forward(self, obs, action):
         return self.net(torch.cat([self.obs_net(obs), action], dim=1)).squeeze(1)
@@ -262,14 +262,8 @@ def filter_batch(obs_filter, batch):
 
 
 # NORM end
-class Batch(NamedTuple):
-    """Transitions: obs and next_obs (n, obs_dim), action (n, action_dim), the others (n,)."""
-
-    obs: np.ndarray | torch.Tensor
-    action: np.ndarray | torch.Tensor
-    reward: np.ndarray | torch.Tensor
-    next_obs: np.ndarray | torch.Tensor
-    terminated: np.ndarray | torch.Tensor
+# Transitions: obs and next_obs (n, obs_dim), action (n, action_dim), the others (n,).
+Batch = namedtuple("Batch", "obs action reward next_obs terminated")
 
 
 class ReplayBuffer:
@@ -311,7 +305,7 @@ class ReplayBuffer:
 
 @torch.no_grad()
 def act(agent, obs):
-    """Return mu(s), shape (action_dim,), for one observation, (obs_dim,)."""
+    """Return mu(s), (action_dim,), for one observation, (obs_dim,)."""
     obs = agent.obs_filter(obs, update=False)  # NORM obs: the policy sees what it learns from
     agent.actor.eval()  # NORM mode: one observation has no batch statistics
     obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.device).unsqueeze(0)
@@ -543,9 +537,8 @@ def save_run(run_dir, agent, generators, progress, writer):
     cuda = [torch.cuda.get_rng_state()] if agent.device == "cuda" else []
     state |= {"env": agent.env, "progress": progress, "torch": torch.get_rng_state(), "cuda": cuda}
     state["generators"] = [generator.bit_generator.state for generator in generators]
-    # NORM begin: save: for people, and for --norm fixed
-    write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
-    # NORM end
+    stat = agent.obs_stat  # NORM save: for people, and for --norm fixed
+    write(run_dir / "obs_stats.npz", lambda file: stat.save(file, env=agent.env))  # NORM save: same
     # events first, since a resumed run writes only those that follow
     write(run_dir / "checkpoint.pt", lambda file: (writer.flush(), torch.save(state, file)))
 
@@ -645,9 +638,8 @@ def fail(message):
 
 def parse(**default):
     """Return the options of the command line; of tyro's box about a mistake print one line."""
-    box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stderr(io.StringIO()) as box:
             return tyro.cli(Args, **default)
     except SystemExit as end:
         if not end.code:  # --help
@@ -667,7 +659,7 @@ def changed_norm_options(args):
 def check(args):
     """End with one line if an option is out of range or options make no sense together."""
     for name, kind in Args.__annotations__.items():
-        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
+        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind  # NORM flag: norm_position
         for value in np.atleast_1d(getattr(args, name)) if get_origin(kind) is Literal else ():
             if value not in get_args(kind):
                 fail(f"--{name.replace('_', '-')} {value}: choose from {get_args(kind)}")

@@ -39,16 +39,16 @@ import os
 import signal
 import sys
 import time
+from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F  # NORM layer: batch norm without a module
 import tyro
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
@@ -135,7 +135,7 @@ class BatchRenorm(nn.BatchNorm1d):
         if not self.training:
             return super().forward(x)
         with torch.no_grad():
-            # the kernel behind F.batch_norm returns its statistics; torch.var_mean is far slower
+            # the kernel behind batch_norm returns its statistics; torch.var_mean is far slower
             _, mean, rstd = torch.native_batch_norm(x, None, None, None, None, True, 0.0, self.eps)
             std = (self.running_var + self.eps).sqrt()
             warm = self.num_batches_tracked >= self.warmup
@@ -145,7 +145,7 @@ class BatchRenorm(nn.BatchNorm1d):
             self.running_var.lerp_(rstd**-2 - self.eps, self.momentum)
             self.num_batches_tracked += 1
         gamma, beta = self.weight * r, self.weight * d + self.bias
-        return F.batch_norm(x, None, None, gamma, beta, True, 0.0, self.eps)
+        return nn.functional.batch_norm(x, None, None, gamma, beta, True, 0.0, self.eps)
 
 
 def norm_layer(weight, args, features=None):
@@ -159,9 +159,9 @@ def norm_layer(weight, args, features=None):
     return nn.GroupNorm(1, features) if is_image else nn.LayerNorm(features)
 
 
-def add_norm(net, args):
-    """Return the layers of net with normalization layers at --norm-position."""
-    if args.norm in ("none", "zfilter", "fixed"):
+def add_norm(net, name, args):
+    """Return the layers of net with normalization layers at --norm-position, if it has any."""
+    if args.norm in ("none", "zfilter", "fixed") or args.norm_net not in ("both", name):
         return net
     weight, position = net[0].weight, args.norm_position or ("post",)
     layers = [norm_layer(weight, args, weight.shape[1])] if "input" in position else []
@@ -208,8 +208,7 @@ class Actor(nn.Module):
         self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
         outputs = int(action_space.n) if self.is_discrete else action_space.shape[0]
         self.net = make_net(obs_shape, outputs, 0.01, args)
-        if args.norm_net != "critic":  # NORM layer: --norm-net says who is normalized
-            self.net = add_norm(self.net, args)  # NORM layer: the actor, on s
+        self.net = add_norm(self.net, "actor", args)  # NORM layer: on s
         if not self.is_discrete:
             self.log_std = nn.Parameter(torch.full((outputs,), math.log(0.5)))  # (8)
 
@@ -227,8 +226,7 @@ class Critic(nn.Module):
     def __init__(self, obs_shape, args):
         super().__init__()
         self.net = make_net(obs_shape, 1, 1.0, args)
-        if args.norm_net != "actor":  # NORM layer: --norm-net says who is normalized
-            self.net = add_norm(self.net, args)  # NORM layer: the critic, on s
+        self.net = add_norm(self.net, "critic", args)  # NORM layer: on s
 
     def forward(self, obs):
         return self.net(obs).squeeze(1)
@@ -288,28 +286,12 @@ class RewardScale:
 
 
 # NORM end
-class Rollout(NamedTuple):
-    """What n environments met at one step: obs (n, *obs_shape), action (n, ...), the others (n,).
+# What n environments met at one step: obs (n, *obs_shape), action (n, ...), the others (n,).
+# Stacked, with an axis of time before that of the environments.
+Rollout = namedtuple("Rollout", "obs action log_prob value reward done")
 
-    Stacked, with an axis of time before that of the environments.
-    """
-
-    obs: torch.Tensor
-    action: torch.Tensor
-    log_prob: torch.Tensor
-    value: torch.Tensor
-    reward: torch.Tensor
-    done: torch.Tensor
-
-
-class Batch(NamedTuple):
-    """What is learnt from: obs (n, *obs_shape), action (n, ...), the others (n,)."""
-
-    obs: torch.Tensor
-    action: torch.Tensor
-    log_prob: torch.Tensor
-    advantage: torch.Tensor
-    returns: torch.Tensor
+# What is learnt from: obs (n, *obs_shape), action (n, ...), the others (n,).
+Batch = namedtuple("Batch", "obs action log_prob advantage returns")
 
 
 # ----------------------------------------------------------------------------- Losses and updates
@@ -331,10 +313,8 @@ def act(agent, obs):
 @torch.no_grad()
 def explore(agent, obs, args):
     """Return what the policy saw, pi(.|s) and V(s), for observations (n, *obs_shape)."""
-    # NORM begin: obs: what the policy saw is stored, not the raw observation
-    # The filter learns on: seen through a later one, the state would get another log-probability,
-    # and learning would be about another policy than the one which acted.
-    # NORM end
+    # NORM obs: what the policy saw is stored, not the raw observation. Seen through a later filter
+    # NORM obs: it would get another log-probability, as if another policy had acted.
     obs = as_input(agent, obs)
     agent.actor.train(args.bn_rollout == "train")  # NORM mode: --bn-rollout
     agent.critic.train(args.bn_rollout == "train")  # NORM mode: --bn-rollout
@@ -383,9 +363,8 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 def update(agent, batch, rng, args):
     """Learn from a rollout; return losses (kl: the last epoch's) and the number of steps taken."""
-    # NORM begin: report: first_ratio is max |ratio - 1| over the minibatch of the first step
-    # No weight has changed yet: what differs from 1 is another mode, or other batch statistics.
-    # NORM end
+    # NORM report: first_ratio is max |ratio - 1| in the first minibatch. No weight has changed
+    # NORM report: yet: what differs from 1 is another mode, or other batch statistics.
     agent.actor.train(args.bn_update == "train")  # NORM mode: --bn-update
     agent.critic.train(args.bn_update == "train")  # NORM mode: --bn-update
     steps = 0
@@ -409,7 +388,7 @@ def update(agent, batch, rng, args):
             break
     losses = {"policy": loss_pi.detach(), "critic": loss_v.detach(), "entropy": entropy.detach()}
     losses |= {"kl": kl, "clipped": ((ratio - 1).abs() > args.clip).float().mean()}
-    losses["first_ratio"] = first_ratio  # NORM report: norm/first_ratio
+    losses["ratio"] = first_ratio  # NORM report: norm/first_ratio
     return losses, steps
 
 
@@ -566,9 +545,8 @@ def save_run(run_dir, agent, generators, progress, writer):
     cuda = [torch.cuda.get_rng_state()] if agent.device == "cuda" else []
     state |= {"env": agent.env, "progress": progress, "torch": torch.get_rng_state(), "cuda": cuda}
     state["generators"] = [generator.bit_generator.state for generator in generators]
-    # NORM begin: save: for people, and for --norm fixed
-    write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
-    # NORM end
+    stat = agent.obs_stat  # NORM save: for people, and for --norm fixed
+    write(run_dir / "obs_stats.npz", lambda file: stat.save(file, env=agent.env))  # NORM save: same
     # events first, since a resumed run writes only those that follow
     write(run_dir / "checkpoint.pt", lambda file: (writer.flush(), torch.save(state, file)))
 
@@ -668,9 +646,8 @@ def fail(message):
 
 def parse(**default):
     """Return the options of the command line; of tyro's box about a mistake print one line."""
-    box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stderr(io.StringIO()) as box:
             return tyro.cli(Args, **default)
     except SystemExit as end:
         if not end.code:  # --help
@@ -690,7 +667,7 @@ def changed_norm_options(args):
 def check(args):
     """End with one line if an option is out of range or options make no sense together."""
     for name, kind in Args.__annotations__.items():
-        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
+        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind  # NORM flag: norm_position
         for value in np.atleast_1d(getattr(args, name)) if get_origin(kind) is Literal else ():
             if value not in get_args(kind):
                 fail(f"--{name.replace('_', '-')} {value}: choose from {get_args(kind)}")
@@ -711,6 +688,7 @@ def check(args):
         fail(f"--minibatches {args.minibatches} leaves one sample in each: use fewer")
     # NORM begin: flag: a switch that could change nothing is a mistake
     is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)
+    nothing_moves = args.bn_rollout == args.bn_update == "eval" and not args.bn_recalibrate
     if len(set(args.norm_position)) < len(args.norm_position):
         fail("--norm-position names a place twice: name it once")
     if "bn_warmup" in changed and args.norm != "batchrenorm":
@@ -721,6 +699,8 @@ def check(args):
             fail(f"{option} needs --norm batchnorm or batchrenorm, not {args.norm}")
         if name in ("norm_position", "norm_net") and args.norm in ("none", "zfilter", "fixed"):
             fail(f"{option} needs --norm batchnorm, batchrenorm or layernorm, not {args.norm}")
+        if name in ("bn_momentum", "bn_warmup") and nothing_moves:
+            fail(f"{option} needs a pass in train mode: drop --bn-update eval")
     if (args.norm == "fixed") != bool(args.norm_stats):
         fail("--norm fixed and --norm-stats runs/.../obs_stats.npz need each other")
     has_layers = is_batch or args.norm == "layernorm"
@@ -730,9 +710,6 @@ def check(args):
         fail("--norm batchrenorm is for vectors: use --norm batchnorm with --network cnn")
     if is_batch and args.num_envs < 2:
         fail("--num-envs 1 has no batch statistics, which diagnostics need: use 2 or more")
-    nothing_moves = args.bn_rollout == args.bn_update == "eval" and not args.bn_recalibrate
-    for name in {"bn_momentum", "bn_warmup"} & changed.keys() if nothing_moves else ():
-        fail(f"--{name.replace('_', '-')} needs a pass in train mode: drop --bn-update eval")
     if args.bn_recalibrate and args.norm_net == "critic":
         fail("--bn-recalibrate needs batch norm in the actor: drop --norm-net critic")
     # NORM end
@@ -784,20 +761,16 @@ def make_env(args):
     if not isinstance(obs_space, gym.spaces.Box) or (args.network == "cnn" and not is_image):
         fail(f"--env {args.env} observes {obs_space}: --network {args.network} cannot use it")
     if is_scalable(action_space):
-        scale = (action_space.high - action_space.low) / 2
-        bias = (action_space.high + action_space.low) / 2
-        box = gym.spaces.Box(-1, 1, action_space.shape)
-        env = gym.wrappers.TransformAction(env, lambda action: action * scale + bias, box)  # (8)
+        low, high = action_space.low, action_space.high
+        box = gym.spaces.Box(-1, 1, low.shape)  # (8)
+        env = gym.wrappers.TransformAction(env, lambda a: (low + high + a * (high - low)) / 2, box)
     elif not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
         fail(f"--env {args.env} acts in {action_space}: choose discrete or bounded actions")
-    shape = (math.prod(obs_space.shape),)
-    if args.network == "cnn":
-        shape = obs_space.shape[2:] + obs_space.shape[:2]  # channels first
 
-    def as_float(obs):
-        return np.float32(np.moveaxis(obs, -1, 0) if args.network == "cnn" else obs).reshape(shape)
+    def as_float(obs):  # a vector, or an image with channels first
+        return np.float32(np.moveaxis(obs, -1, 0) if args.network == "cnn" else np.ravel(obs))
 
-    box = gym.spaces.Box(-np.inf, np.inf, shape)
+    box = gym.spaces.Box(-np.inf, np.inf, as_float(np.zeros(obs_space.shape)).shape)
     env = gym.wrappers.TransformObservation(env, as_float, box)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -922,13 +895,12 @@ def train(args, stop=()):
         if diverged:
             break
         writer.add_scalar("charts/SPS", (step - start_step) / (time.time() - start_time), step)
-        writer.add_scalar("norm/first_ratio", losses.pop("first_ratio"), step)  # NORM report: 0
+        writer.add_scalar("norm/first_ratio", losses.pop("ratio"), step)  # NORM report: see update
         for name, value in losses.items():
             writer.add_scalar(f"losses/{name}", value, step)
         rows = np.random.default_rng(step).permutation(len(batch.obs))  # NORM report: not the run's
-        rows = rows[: len(rows) // args.minibatches]  # NORM report: as many as learn together
-        panel = norm_scalars(agent, rollout, batch.obs[rows])  # NORM report: changes nothing
-        for name, value in panel.items():  # NORM report: the normalization panel
+        part = batch.obs[rows[: len(rows) // args.minibatches]]  # NORM report: one minibatch
+        for name, value in norm_scalars(agent, rollout, part).items():  # NORM report: the panel
             writer.add_scalar(f"norm/{name}", value, step)  # NORM report: see norm_scalars
         if episodes:
             returns, lengths = map(np.concatenate, zip(*episodes, strict=True))

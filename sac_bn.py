@@ -43,10 +43,11 @@ import os
 import signal
 import sys
 import time
+from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -140,7 +141,7 @@ class BatchRenorm(nn.BatchNorm1d):
         if not self.training:
             return super().forward(x)
         with torch.no_grad():
-            # the kernel behind F.batch_norm returns its statistics; torch.var_mean is far slower
+            # the kernel behind batch_norm returns its statistics; torch.var_mean is far slower
             _, mean, rstd = torch.native_batch_norm(x, None, None, None, None, True, 0.0, self.eps)
             std = (self.running_var + self.eps).sqrt()
             warm = self.num_batches_tracked >= self.warmup
@@ -150,7 +151,7 @@ class BatchRenorm(nn.BatchNorm1d):
             self.running_var.lerp_(rstd**-2 - self.eps, self.momentum)
             self.num_batches_tracked += 1
         gamma, beta = self.weight * r, self.weight * d + self.bias
-        return F.batch_norm(x, None, None, gamma, beta, True, 0.0, self.eps)
+        return nn.functional.batch_norm(x, None, None, gamma, beta, True, 0.0, self.eps)
 
 
 def norm_layer(features, args):
@@ -162,9 +163,9 @@ def norm_layer(features, args):
     return nn.LayerNorm(features)
 
 
-def add_norm(net, args):
-    """Return the layers of net with normalization layers at --norm-position."""
-    if args.norm in ("none", "zfilter", "fixed"):
+def add_norm(net, name, args):
+    """Return the layers of net with normalization layers at --norm-position, if it has any."""
+    if args.norm in ("none", "zfilter", "fixed") or args.norm_net not in ("both", name):
         return net
     width, position = net[0].in_features, args.norm_position or ("post",)
     layers = [norm_layer(width, args)] if "input" in position else []
@@ -195,8 +196,7 @@ class Actor(nn.Module):
         layers = hidden_layers(obs_dim, *args.hidden_sizes)
         outputs = nn.Linear(args.hidden_sizes[-1], 2 * action_space.shape[0])
         self.net = nn.Sequential(*layers, outputs)
-        if args.norm_net != "critic":  # NORM layer: --norm-net says who is normalized
-            self.net = add_norm(self.net, args)  # NORM layer: the actor, on s
+        self.net = add_norm(self.net, "actor", args)  # NORM layer: on s
         low, high = torch.tensor(np.float32([action_space.low, action_space.high]))
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
@@ -226,8 +226,8 @@ class Critic(nn.Module):
         self.nets = nn.ModuleList(
             nn.Sequential(*hidden_layers(*sizes), nn.Linear(sizes[-1], 1)) for _ in range(2)
         )
-        if args.norm_net != "actor":  # NORM layer: --norm-net says who is normalized
-            self.nets = nn.ModuleList(add_norm(x, args) for x in self.nets)  # NORM layer: on (s, a)
+        for k, net in enumerate(self.nets):  # NORM layer: both critics
+            self.nets[k] = add_norm(net, "critic", args)  # NORM layer: on (s, a)
 
     def forward(self, obs, action):
         x = torch.cat([obs, action], dim=1)
@@ -279,14 +279,8 @@ def filter_batch(obs_filter, batch):
 
 
 # NORM end
-class Batch(NamedTuple):
-    """Transitions: obs and next_obs (n, obs_dim), action (n, action_dim), the others (n,)."""
-
-    obs: np.ndarray | torch.Tensor
-    action: np.ndarray | torch.Tensor
-    reward: np.ndarray | torch.Tensor
-    next_obs: np.ndarray | torch.Tensor
-    terminated: np.ndarray | torch.Tensor
+# Transitions: obs and next_obs (n, obs_dim), action (n, action_dim), the others (n,).
+Batch = namedtuple("Batch", "obs action reward next_obs terminated")
 
 
 class ReplayBuffer:
@@ -579,9 +573,8 @@ def save_run(run_dir, agent, generators, progress, writer):
     cuda = [torch.cuda.get_rng_state()] if agent.device == "cuda" else []
     state |= {"env": agent.env, "progress": progress, "torch": torch.get_rng_state(), "cuda": cuda}
     state["generators"] = [generator.bit_generator.state for generator in generators]
-    # NORM begin: save: for people, and for --norm fixed
-    write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
-    # NORM end
+    stat = agent.obs_stat  # NORM save: for people, and for --norm fixed
+    write(run_dir / "obs_stats.npz", lambda file: stat.save(file, env=agent.env))  # NORM save: same
     # events first, since a resumed run writes only those that follow
     write(run_dir / "checkpoint.pt", lambda file: (writer.flush(), torch.save(state, file)))
 
@@ -665,8 +658,7 @@ LIMITS = (  # lowest and highest value of options
     (0, 10**12, "eval_every learning_starts"),
     (1, 10**12, "total_steps save_every buffer_size"),
     (1, 10**6, "batch_size"),
-    (1, 10**4, "eval_episodes hidden_sizes"),
-    (1, 10**4, "critic_hidden_sizes policy_delay"),
+    (1, 10**4, "eval_episodes hidden_sizes critic_hidden_sizes policy_delay"),
     (0, 1, "actor_lr critic_lr alpha_lr gamma tau"),
     (0, 0.9999, "adam_beta1"),
     (0, 1e6, "max_grad_norm"),
@@ -685,9 +677,8 @@ def fail(message):
 
 def parse(**default):
     """Return the options of the command line; of tyro's box about a mistake print one line."""
-    box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stderr(io.StringIO()) as box:
             return tyro.cli(Args, **default)
     except SystemExit as end:
         if not end.code:  # --help
@@ -707,14 +698,14 @@ def changed_norm_options(args):
 def check(args):
     """End with one line if an option is out of range or options make no sense together."""
     for name, kind in Args.__annotations__.items():
-        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
+        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind  # NORM flag: norm_position
         for value in np.atleast_1d(getattr(args, name)) if get_origin(kind) is Literal else ():
             if value not in get_args(kind):
                 fail(f"--{name.replace('_', '-')} {value}: choose from {get_args(kind)}")
     for low, high, names in LIMITS:
         for name in names.split():
-            if getattr(args, name) is None is getattr(Args, name):
-                continue  # --target-entropy has a default of its own
+            if getattr(args, name) == getattr(Args, name):
+                continue  # a default may also be None
             if not all(low <= value <= high for value in np.atleast_1d(getattr(args, name))):
                 fail(f"--{name.replace('_', '-')} is out of range: choose from {low} to {high}")
     if not args.hidden_sizes:

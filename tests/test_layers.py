@@ -112,7 +112,7 @@ def test_positions(norm, position, expected):
     kind = {"batchrenorm": ddpg_bn.BatchRenorm, "layernorm": nn.LayerNorm}
     kind = kind.get(norm, nn.BatchNorm1d)
     words = []
-    for module in ddpg_bn.add_norm(net, args):
+    for module in ddpg_bn.add_norm(net, "critic", args):
         if type(module) is kind:
             features = getattr(module, "num_features", None) or module.normalized_shape[0]
             words.append(f"N{(5, 6, 7).index(features)}")
@@ -124,11 +124,13 @@ def test_positions(norm, position, expected):
 
 def test_default_position_is_post():
     net = nn.Sequential(*ddpg_bn.hidden_layers(5, 6))
-    named = [type(x).__name__ for x in ddpg_bn.add_norm(net, ddpg_bn.Args(norm="layernorm"))]
+    named = [
+        type(x).__name__ for x in ddpg_bn.add_norm(net, "actor", ddpg_bn.Args(norm="layernorm"))
+    ]
     assert named == ["Linear", "ReLU", "LayerNorm"]
 
 
 @pytest.mark.parametrize("norm", ["none", "zfilter", "fixed"])
 def test_filters_add_no_layer(norm):
     net = nn.Sequential(*ddpg_bn.hidden_layers(5, 6))
-    assert ddpg_bn.add_norm(net, ddpg_bn.Args(norm=norm)) is net
+    assert ddpg_bn.add_norm(net, "actor", ddpg_bn.Args(norm=norm)) is net

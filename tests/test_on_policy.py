@@ -546,9 +546,9 @@ FIRST_RATIO = [
 def test_ratio_before_the_first_step(on_policy, small, options, differs, monkeypatch):
     add_norm = on_policy.add_norm
 
-    def with_statistics(net, args):
+    def with_statistics(net, name, args):
         """As if the running statistics had been learnt, so that eval mode does something."""
-        net = add_norm(net, args)
+        net = add_norm(net, name, args)
         for name, buffer in net.named_buffers():
             if "running" in name:
                 buffer.uniform_(0.5, 2.0)

@@ -16,7 +16,7 @@ ALL = """
     is_scalable is_finite
 """.split()  # noqa: SIM905
 OFF_POLICY = """
-    norm_layer add_norm filter_batch Batch ReplayBuffer q_values update_target evaluate norm_scalars
+    norm_layer add_norm filter_batch ReplayBuffer q_values update_target evaluate norm_scalars
     make_env report_evaluation
 """.split()  # noqa: SIM905
 ON_POLICY = """
