@@ -36,6 +36,10 @@ def test_ddpg_and_sac_share_it(name):
     assert len({inspect.getsource(getattr(script, name)) for script in (ddpg_bn, sac_bn)}) == 1
 
 
+def test_ddpg_and_sac_replay_the_same():
+    assert ddpg_bn.Batch._fields == sac_bn.Batch._fields
+
+
 @pytest.mark.parametrize("name", ON_POLICY)
 def test_reinforce_and_ppo_share_it(name):
     assert len({inspect.getsource(getattr(script, name)) for script in (reinforce_bn, ppo_bn)}) == 1
