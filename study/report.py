@@ -182,7 +182,7 @@ PICTURES = {
         True,
     ),
     "sac": Picture(
-        named("sac", "none eval-policy-critic no-target crossq"),
+        named("sac", "none batchnorm eval-policy-critic no-target crossq"),
         (HALF_CHEETAH, HOPPER),
         ("eval/return",),
         False,
