@@ -313,8 +313,8 @@ def act(agent, obs):
 @torch.no_grad()
 def explore(agent, obs, args):
     """Return what the policy saw, pi(.|s) and V(s), for observations (n, *obs_shape)."""
-    # NORM obs: what the policy saw is stored, not the raw observation. Seen through a later filter
-    # NORM obs: it would get another log-probability, as if another policy had acted.
+    # NORM obs: what the policy saw is stored, not the raw observation; by a later filter this would
+    # NORM obs: get another log-probability, as if another policy had acted.
     obs = as_input(agent, obs)
     agent.actor.train(args.bn_rollout == "train")  # NORM mode: --bn-rollout
     agent.critic.train(args.bn_rollout == "train")  # NORM mode: --bn-rollout
@@ -363,8 +363,8 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 def update(agent, batch, rng, args):
     """Learn from a rollout; return losses (kl: the last epoch's) and the number of steps taken."""
-    # NORM report: first_ratio is max |ratio - 1| in the first minibatch. No weight has changed
-    # NORM report: yet: what differs from 1 is another mode, or other batch statistics.
+    # NORM report: first_ratio is max |ratio - 1| in the first minibatch, before weights change:
+    # NORM report: what differs from 1 is another mode, or other batch statistics.
     agent.actor.train(args.bn_update == "train")  # NORM mode: --bn-update
     agent.critic.train(args.bn_update == "train")  # NORM mode: --bn-update
     steps = 0
@@ -545,8 +545,9 @@ def save_run(run_dir, agent, generators, progress, writer):
     cuda = [torch.cuda.get_rng_state()] if agent.device == "cuda" else []
     state |= {"env": agent.env, "progress": progress, "torch": torch.get_rng_state(), "cuda": cuda}
     state["generators"] = [generator.bit_generator.state for generator in generators]
-    stat = agent.obs_stat  # NORM save: for people, and for --norm fixed
-    write(run_dir / "obs_stats.npz", lambda file: stat.save(file, env=agent.env))  # NORM save: same
+    # NORM begin: save: for people, and for --norm fixed
+    write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
+    # NORM end
     # events first, since a resumed run writes only those that follow
     write(run_dir / "checkpoint.pt", lambda file: (writer.flush(), torch.save(state, file)))
 
@@ -762,7 +763,7 @@ def make_env(args):
         fail(f"--env {args.env} observes {obs_space}: --network {args.network} cannot use it")
     if is_scalable(action_space):
         low, high = action_space.low, action_space.high
-        box = gym.spaces.Box(-1, 1, low.shape)  # (8)
+        box = gym.spaces.Box(-1, 1, low.shape)  # (8), before scaling
         env = gym.wrappers.TransformAction(env, lambda a: (low + high + a * (high - low)) / 2, box)
     elif not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
         fail(f"--env {args.env} acts in {action_space}: choose discrete or bounded actions")

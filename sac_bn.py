@@ -573,8 +573,9 @@ def save_run(run_dir, agent, generators, progress, writer):
     cuda = [torch.cuda.get_rng_state()] if agent.device == "cuda" else []
     state |= {"env": agent.env, "progress": progress, "torch": torch.get_rng_state(), "cuda": cuda}
     state["generators"] = [generator.bit_generator.state for generator in generators]
-    stat = agent.obs_stat  # NORM save: for people, and for --norm fixed
-    write(run_dir / "obs_stats.npz", lambda file: stat.save(file, env=agent.env))  # NORM save: same
+    # NORM begin: save: for people, and for --norm fixed
+    write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
+    # NORM end
     # events first, since a resumed run writes only those that follow
     write(run_dir / "checkpoint.pt", lambda file: (writer.flush(), torch.save(state, file)))
 

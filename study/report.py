@@ -505,7 +505,8 @@ def missing(data, of):
 
 def told(gone, of):
     """Return (how many of the runs of cells are missing, of which cells), in words."""
-    words = f"{sum(gone.values())} of {sum(len(cell.runs()) for cell in of)} runs are missing"
+    n, every = sum(gone.values()), sum(len(cell.runs()) for cell in of)
+    words = f"{n} of {every} runs {'is' if n == 1 else 'are'} missing"
     return words, ", ".join(f"`{name}` ({n})" for name, n in gone.items())
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 import typing
@@ -40,6 +41,18 @@ def play(script, words):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     raise AssertionError("a script ends with sys.exit")
+
+
+@pytest.mark.parametrize("script", ["reinforce_bn", "ppo_bn"])
+def test_of_two_mistakes_the_same_is_named_every_time(script):
+    words = "--norm batchrenorm --bn-rollout eval --bn-update eval --bn-momentum 0.5 --bn-warmup 5"
+    end = subprocess.run(
+        [sys.executable, ROOT / f"{script}.py", *words.split()],
+        env=os.environ | {"PYTHONHASHSEED": "1"},  # a set of these two begins with --bn-warmup
+        capture_output=True,
+        text=True,
+    )
+    assert end.returncode == 2 and "--bn-momentum needs a pass in train mode" in end.stderr
 
 
 def one_line(script, err):
