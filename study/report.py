@@ -11,6 +11,7 @@ import itertools
 import re
 import shlex
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -233,7 +234,7 @@ that goes the other way refutes it.
 
 @dataclass
 class Args:
-    check: bool = False  # write nothing; end with 1 if a text is out of date
+    check: bool = False  # write nothing; end with 1 if a text or a figure is out of date
     root: Path = cells.ROOT  # of the repository
 
 
@@ -377,7 +378,6 @@ def style():
 
 
 def save(figure, file):
-    file.parent.mkdir(exist_ok=True)
     figure.savefig(file, transparent=True, metadata={"Date": None})
     plt.close(figure)
 
@@ -600,7 +600,7 @@ def why(known, claim, c):
 
 
 def claim_page(data, known, claim, figures):
-    """Return (a claim's part of CLAIMS.md, its row of the summary); draw it if figures is given."""
+    """Return (a claim's part of CLAIMS.md, its row of the summary), and draw it."""
     name, every = claim["id"], cells.cells_of(claim, known)
     lines = ["```bash", f"python -m study.run {name}", *map(command, every.values()), "```"]
     commands = "\n".join(lines) + "\n"
@@ -619,8 +619,7 @@ def claim_page(data, known, claim, figures):
 
     claim = claim | done
     known = cells.cells_of(claim, known)
-    if figures:
-        draw_claim(data, known, claim, figures / f"{name}.svg")
+    draw_claim(data, known, claim, figures / f"{name}.svg")
     rows = []
     for c in comparisons:
         difference = f"{number(c.left - c.right)} ({number(c.low)} to {number(c.high)})"
@@ -721,7 +720,7 @@ def not_made(names):
 
 
 def make(data, known, claims, figures):
-    """Return {marker: text} and the text of CLAIMS.md; draw if figures is given."""
+    """Return {marker: text} and the text of CLAIMS.md, and draw into the folder figures."""
     blocks = {"plain": plain_table(data, known)}
     for name, picture in PICTURES.items():
         labels, envs, scalars, has_table = picture
@@ -737,10 +736,9 @@ def make(data, known, claims, figures):
             blocks[name] += f"\n\n{final_table(data, picture._replace(labels=labels))}"
         if gone:
             blocks[name] += "\n\n{}: {}.".format(*told(gone, of))
-        if figures:
-            script = known[next(iter(labels))].script
-            panels = [(script, env, scalar) for env in envs for scalar in scalars]
-            draw(data, known, panels, labels, figures / f"{name}.svg")
+        script = known[next(iter(labels))].script
+        panels = [(script, env, scalar) for env in envs for scalar in scalars]
+        draw(data, known, panels, labels, figures / f"{name}.svg")
 
     blocks["summary"] = summary_table(data, known, SUMMARY, "reinforce", "ppo", "ddpg", "sac")
     blocks["ladder"] = summary_table(data, known, LADDER, "ddpg", "sac")
@@ -749,16 +747,15 @@ def make(data, known, claims, figures):
     if not missing(data, [known[cell] for cell in labels]):
         words = "Gradient, saturation, lag of statistics, bias of Q and return of two runs"
         blocks["mechanism"] = f"![{words}](study/figures/mechanism.svg)"
-        if figures:
-            file = figures / "mechanism.svg"
-            mechanism(data, known, labels, (HALF_CHEETAH, HOPPER), MECHANISM, file, False)
+        file = figures / "mechanism.svg"
+        mechanism(data, known, labels, (HALF_CHEETAH, HOPPER), MECHANISM, file, False)
     done = {words: name for words, name in FORUM.items() if not missing(data, [known[name]])}
     blocks["forum"] = not_made([f"F{k}" for k in range(1, 7)])
     if done:
         picture = "![Returns of one policy in three modes](study/figures/forum.svg)"
         blocks["forum"] = f"{picture}\n\n{forum_table(data, known, done)}"
         cartpole = {words: name for words, name in done.items() if "cnn" not in name}
-        if figures and cartpole:
+        if cartpole:
             rows = {words: modes(data, known, name) for words, name in cartpole.items()}
             dots(rows, "return (steps of balance, at most 500)", figures / "forum.svg")
 
@@ -777,25 +774,24 @@ def make(data, known, claims, figures):
 
 
 def landscape(file, figures):
-    """Return the text about what study.landscape saw; draw it if figures is given."""
+    """Return the text about what study.landscape saw, and draw it."""
     if not file.exists():
         return "Not looked at yet: `python -m study.landscape`, then `python -m study.report`."
     rows = read_rows(file)
     runs = dict.fromkeys(row["options"] for row in rows)
-    if figures:
-        size = 5 * len(runs), 3.8
-        figure, axes = plt.subplots(1, len(runs), figsize=size, squeeze=False, layout="constrained")
-        for ax, options in zip(axes[0], runs, strict=True):
-            for mode, shade in (("train", COLORS["batchnorm"]), ("eval", COLORS[REPAIRED])):
-                seen = [row for row in rows if (row["options"], row["mode"]) == (options, mode)]
-                x, q = ([float(row[name]) for row in seen] for name in ("factor", "q"))
-                ax.plot(x, q, color=shade, linewidth=2, label=f"critic in {mode} mode")
-            ax.set(xlabel="factor on all actions of the batch", ylabel="mean Q (discounted return)")
-            ax.set_xticks([-1, -0.5, 0, 0.5, 1])
-            ax.set_title(re.sub(r"--(total-steps|eval-every) \d+ ?", "", options))
-        handles = axes[0, 0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=2)
-        save(figure, figures / "landscape.svg")
+    size = 5 * len(runs), 3.8
+    figure, axes = plt.subplots(1, len(runs), figsize=size, squeeze=False, layout="constrained")
+    for ax, options in zip(axes[0], runs, strict=True):
+        for mode, shade in (("train", COLORS["batchnorm"]), ("eval", COLORS[REPAIRED])):
+            seen = [row for row in rows if (row["options"], row["mode"]) == (options, mode)]
+            x, q = ([float(row[name]) for row in seen] for name in ("factor", "q"))
+            ax.plot(x, q, color=shade, linewidth=2, label=f"critic in {mode} mode")
+        ax.set(xlabel="factor on all actions of the batch", ylabel="mean Q (discounted return)")
+        ax.set_xticks([-1, -0.5, 0, 0.5, 1])
+        ax.set_title(re.sub(r"--(total-steps|eval-every) \d+ ?", "", options))
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2)
+    save(figure, figures / "landscape.svg")
     return "![mean Q by the size of actions, in either mode](study/figures/landscape.svg)"
 
 
@@ -811,18 +807,20 @@ def speed(folder):
 
 def main(args):
     style()
-    page = args.root / "study" / "CLAIMS.md"
-    claims, known = cells.load(args.root / "study" / "claims.toml")
-    figures = None if args.check else args.root / "study" / "figures"
-    blocks, text = make(read(args.root / "study" / "results"), known, claims, figures)
-    blocks["speed"] = speed(args.root / "study" / "speed")
-    blocks["landscape"] = landscape(args.root / "study" / "landscape.csv", figures)
-    new = {args.root / name: (args.root / name).read_text() for name in TEXTS}
+    study = args.root / "study"
+    claims, known = cells.load(study / "claims.toml")
+    with tempfile.TemporaryDirectory() as folder:
+        figures = Path(folder)
+        blocks, page = make(read(study / "results"), known, claims, figures)
+        blocks["speed"] = speed(study / "speed")
+        blocks["landscape"] = landscape(study / "landscape.csv", figures)
+        drawn = {study / "figures" / file.name: file.read_text() for file in figures.iterdir()}
+    texts = {args.root / name: (args.root / name).read_text() for name in TEXTS}
     for name, content in blocks.items():
-        place(new, name, content)
-    new[page] = text
-    for file, content in new.items():
+        place(texts, name, content)
+    for file, content in (texts | {study / "CLAIMS.md": page} | drawn).items():
         if not args.check:
+            file.parent.mkdir(exist_ok=True)
             file.write_text(content)
         elif not file.exists() or file.read_text() != content:
             sys.exit(f"{file.name} is out of date: run python -m study.report")

@@ -35,7 +35,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_the_readme_tells_the_committed_results():
+def test_texts_and_figures_tell_the_committed_results():
     report.main(report.Args(check=True))
 
 
@@ -54,6 +54,9 @@ def test_what_is_out_of_date_is_told_and_mended_and_figures_are_the_same_to_the_
     before = figure.read_bytes()
     report.main(report.Args(root=root))
     assert figure.read_bytes() == before
+    figure.write_text("another")
+    with pytest.raises(SystemExit, match=r"Z6\.svg is out of date"):
+        report.main(report.Args(check=True, root=root))
     assert "| holds | [figure](study/figures/Z6.svg) |" in (root / "README.md").read_text()
 
 
@@ -136,7 +139,7 @@ def test_a_run_that_diverged_counts_with_its_last_evaluation(root):
 
 def test_the_page_of_a_claim_counts_the_runs_that_diverged(root):
     claim = CLAIM | {"compare": ["ddpg-none > 90"]}
-    page, _ = report.claim_page(report.read(root / "study/results"), cells.load()[1], claim, None)
+    page, _ = report.claim_page(report.read(root / "study/results"), cells.load()[1], claim, root)
     assert "| `ddpg-none` | Hopper-v4 | 104 (103 to 105) | 103, 104, 105 | 1 |" in page
 
 
@@ -202,21 +205,21 @@ def test_a_rule_of_one_environment_waits_for_no_other(root):
 def test_a_verdict_waits_for_what_decides_it_only(root):
     data, known = report.read(root / "study/results"), cells.load()[1]
     claim = CLAIM | {"compare": ["ddpg-none > 90"], "also": ["ddpg-none > ddpg-pre"]}
-    page, row = report.claim_page(data, known, claim, None)
+    page, row = report.claim_page(data, known, claim, root)
     assert row[2] == "holds" and "6 of 12 runs are missing, which cannot change that" in page
     assert "also:" not in page
     claim["compare"], claim["also"] = ["ddpg-none > ddpg-pre"], ["ddpg-none > 90"]
-    page, row = report.claim_page(data, known, claim, None)
+    page, row = report.claim_page(data, known, claim, root)
     assert row[2] == "no verdict yet" and "**6 of 12 runs are missing**: `ddpg-pre` (6)." in page
     claim["compare"].append("ddpg-batchnorm < ddpg-none")  # holds: the other one may refute
-    assert report.claim_page(data, known, claim, None)[1][2] == "no verdict yet"
+    assert report.claim_page(data, known, claim, root)[1][2] == "no verdict yet"
     claim["compare"].append("ddpg-batchnorm > ddpg-none")
-    page, row = report.claim_page(data, known, claim, None)
+    page, row = report.claim_page(data, known, claim, root)
     assert row[2] == "refuted" and "6 of 18 runs are missing, which cannot change that" in page
     for file in (root / "study/results/ddpg-none").glob("HalfCheetah*"):
         file.unlink()
     claim["compare"] = ["ddpg-none > 90 in Hopper-v4"]
-    _, row = report.claim_page(report.read(root / "study/results"), known, claim, None)
+    _, row = report.claim_page(report.read(root / "study/results"), known, claim, root)
     assert row[2] == "holds"
 
 
@@ -224,7 +227,7 @@ def test_a_picture_shows_the_cells_that_have_runs_and_tells_which_are_missing(ro
     (root / "study/results/ddpg-batchnorm/Hopper-v4-seed3.csv").unlink()
     claims, known = cells.load()
     data = report.read(root / "study/results")
-    first = report.make(data, known, {"Z6": claims["Z6"]}, None)[0]["first"]
+    first = report.make(data, known, {"Z6": claims["Z6"]}, root)[0]["first"]
     rows = [line.split(" | ")[0] for line in first.splitlines() if line.startswith("| ")]
     assert rows == ["| options", "| ---", "| none", "| batchnorm"]
     assert "\n\n19 of 30 runs are missing: `ddpg-layernorm-no-target` (6), " in first
