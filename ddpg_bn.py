@@ -458,8 +458,9 @@ def probe(net, *inputs):
 def norm_scalars(agent, batch):
     """Return {name: value} of the normalization panel, from the last training batch:
 
-    train_eval_gap_policy, _q, stat_lag and dead_units: see `probe`, means over layers, on the
-    batch's (s, a); what else passed the critic in train mode moved its statistics too.
+    train_eval_gap_policy, _q and dead_units: see `probe`, means over layers, on the batch's (s, a).
+    stat_lag: |running mean - batch mean| / batch deviation, mean over features, then layers, there,
+    too; what else passed the critic in train mode moved its statistics as well.
     target_stretch: deviation of a feature of the target critic on (s', mu(s')), by the live actor,
     over its running deviation, by which eval mode divides; the largest of all features, with the
     layers before it in train mode. Near 1 if these fit, hundreds if a unit was dead.
@@ -527,7 +528,8 @@ def write(path, save):
             save(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         sys.exit(f"{path} is not written, what stood there stands: {error}")
 
 
@@ -588,7 +590,7 @@ def make_run_dir(args):
             run_dir.mkdir(parents=True)
             return run_dir
         except OSError as error:
-            if args.run_dir or not run_dir.is_dir():
+            if args.run_dir or not os.path.isdir(run_dir):  # False where it may not look
                 fail(f"--run-dir {run_dir} cannot be made ({error.strerror}): choose another one")
         run_dir = run_dir.with_name(f"{name}-{k}")
 

@@ -89,7 +89,8 @@ class Args:
     # also move the running ones
     bn_rollout: Literal["eval", "train"] = "eval"
     # learning uses the statistics of its batch, which also move the running ones, or (eval) the
-    # running ones; with both in eval mode nothing moves these, and a learnt scale and shift remain
+    # running ones; with both in eval mode nothing but --bn-recalibrate moves these, and a learnt
+    # scale and shift remain
     bn_update: Literal["train", "eval"] = "train"
     # passes in train mode over the last batch as a whole, without learning, before the final
     # evaluation; statistics approach the batch's at the rate of --bn-momentum
@@ -471,7 +472,8 @@ def moment_gap(net, moments, obs):
 def norm_scalars(agent, rollout, obs):
     """Return {name: value} of the normalization panel, from the last rollout, obs a part of it:
 
-    train_eval_gap_policy, _v, stat_lag and dead_units: see `probe`, means over layers.
+    train_eval_gap_policy, _v and dead_units: see `probe`, means over layers.
+    stat_lag: |running mean - batch mean| / batch deviation, mean over features, then layers.
     moment_gap: see there; of the actor, whether or not it acted in train mode.
     saturation: share of the components of the mean action in the outermost 1 % at either bound.
     """
@@ -535,7 +537,8 @@ def write(path, save):
             save(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         sys.exit(f"{path} is not written, what stood there stands: {error}")
 
 
@@ -596,7 +599,7 @@ def make_run_dir(args):
             run_dir.mkdir(parents=True)
             return run_dir
         except OSError as error:
-            if args.run_dir or not run_dir.is_dir():
+            if args.run_dir or not os.path.isdir(run_dir):  # False where it may not look
                 fail(f"--run-dir {run_dir} cannot be made ({error.strerror}): choose another one")
         run_dir = run_dir.with_name(f"{name}-{k}")
 
@@ -682,10 +685,10 @@ def check(args):
         fail("--device cuda finds no GPU: use --device cpu")
     if args.network == "linear" and args.hidden_sizes != Args.hidden_sizes:
         fail("--hidden-sizes needs hidden layers: drop --network linear")
-    if args.num_envs * args.num_steps % args.minibatches:
-        steps = args.num_envs * args.num_steps
+    steps = args.num_envs * args.num_steps
+    if steps % args.minibatches:
         fail(f"--minibatches {args.minibatches} must divide --num-envs x --num-steps, {steps}")
-    if args.num_envs * args.num_steps < 2 * args.minibatches:
+    if steps < 2 * args.minibatches:
         fail(f"--minibatches {args.minibatches} leaves one sample in each: use fewer")
     # NORM begin: flag: a switch that could change nothing is a mistake
     is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)

@@ -1,5 +1,6 @@
 """The scripts as programs: mistakes, stops, copies of a stripped file."""
 
+import errno
 import importlib
 import itertools
 import json
@@ -274,6 +275,28 @@ def test_resume_extends_and_evaluates_again(small, capsys):
     with pytest.raises(SystemExit):
         ddpg_bn.train(again)
     assert "--critic-lr cannot change" in capsys.readouterr().err
+
+
+def test_where_nothing_may_be_looked_at_no_folder_is_made(small, capsys, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("mkdir", "stat", "is_dir"):  # what pathlib says of runs/ that another user owns
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(SystemExit):
+        ddpg_bn.make_run_dir(small(ddpg_bn, run_dir=""))
+    assert "cannot be made (Permission denied)" in capsys.readouterr().err
+
+
+def test_a_read_only_disk_ends_in_one_line(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)  # even of what is not there
+    with pytest.raises(SystemExit, match=r"args\.json is not written.*Read-only file system"):
+        ddpg_bn.write(tmp_path / "args.json", None)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
