@@ -110,6 +110,7 @@ SUMMARY = {  # words: cell of each family, where it has one
     "none, --hidden-sizes 256": "one-layer",
     "none, --actor-lr 1e-4": "low-rate",
     "none, --max-grad-norm 1": "clipped",
+    "none, CrossQ's step 5": "wide",
     "zfilter": "zfilter",
     "fixed, by statistics of the row none": "fixed-1",
     "fixed, by statistics of the row above": "fixed-2",
@@ -183,7 +184,7 @@ PICTURES = {
         True,
     ),
     "sac": Picture(
-        named("sac", "none batchnorm eval-policy-critic no-target crossq"),
+        named("sac", "none wide batchnorm eval-policy-critic no-target crossq"),
         (HALF_CHEETAH, HOPPER),
         ("eval/return",),
         False,
@@ -217,6 +218,7 @@ LADDER = {  # the same, of the steps to CrossQ
     "2. `--bn-joint`": "joint",
     "3. `--no-target-network`": "no-target crossnorm",
     "4. and 5.: CrossQ, critics 512 wide, batch norm to the end": "crossq",
+    "5. alone, with target network and no layers": "wide",
 }
 MECHANISM = "norm/actor_grad", "norm/saturation", "norm/stat_lag", "norm/q_bias", "eval/return"
 ORDER = "order of onset: "
