@@ -256,8 +256,8 @@ FAILURES = [
     Failure(
         "With some --num-envs, --num-steps and --minibatches the very first loss is NaN.",
         "ppo_bn",
-        "    if args.num_envs * args.num_steps < 2 * args.minibatches:",
-        "    if args.num_envs * args.num_steps < args.minibatches:",
+        "    if steps < 2 * args.minibatches:",
+        "    if steps < args.minibatches:",
         "A minibatch of one: the deviation of a single advantage is 0 / 0.",
         f"{SB3}/issues/325",
         diverges_at_once,
