@@ -459,8 +459,8 @@ def norm_scalars(agent, batch):
     """Return {name: value} of the normalization panel, from the last training batch:
 
     train_eval_gap_policy, _q and dead_units: see `probe`, means over layers, on the batch's (s, a).
-    stat_lag: |running mean - batch mean| / batch deviation, mean over features, then layers, there,
-    too; what else passed the critic in train mode moved its statistics as well.
+    stat_lag: |running mean - batch mean| / batch deviation, mean over features, then layers, on the
+    same; what else passed the critic in train mode moved its statistics, too.
     target_stretch: deviation of a feature of the target critic on (s', mu(s')), by the live actor,
     over its running deviation, by which eval mode divides; the largest of all features, with the
     layers before it in train mode. Near 1 if these fit, hundreds if a unit was dead.
@@ -528,7 +528,7 @@ def write(path, save):
             save(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a read-only disk refuses this, too
             temporary.unlink()
         sys.exit(f"{path} is not written, what stood there stands: {error}")
 

@@ -537,7 +537,7 @@ def write(path, save):
             save(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a read-only disk refuses this, too
             temporary.unlink()
         sys.exit(f"{path} is not written, what stood there stands: {error}")
 
