@@ -29,7 +29,7 @@ class Cell(NamedTuple):
     script: str  # module
     envs: tuple[str, ...]
     steps: int
-    seeds: int  # 1, 2, ... so many
+    seeds: tuple[int, ...]
     options: str  # {name}: obs_stats.npz of the run of that cell of the family, same env and seed
 
     def within(self, *envs):
@@ -37,7 +37,7 @@ class Cell(NamedTuple):
         return self._replace(envs=tuple(env for env in self.envs if env in envs))
 
     def runs(self):
-        return [Run(self, env, seed) for env in self.envs for seed in range(1, self.seeds + 1)]
+        return [Run(self, env, seed) for env in self.envs for seed in self.seeds]
 
     def needs(self):
         """Return the names of the cells whose statistics this one uses."""
@@ -72,8 +72,10 @@ def load(file=CLAIMS):
         for name, options in about["cells"].items():
             cell = "-".join(filter(None, (family, name)))
             script, envs = about["script"].removesuffix(".py"), tuple(about["envs"])
+            first = about.get("first_seed", 1)
+            seeds = tuple(range(first, first + about["seeds"]))
             options = f"{about['options']} {options}".strip()
-            cells[cell] = Cell(cell, family, script, envs, about["steps"], about["seeds"], options)
+            cells[cell] = Cell(cell, family, script, envs, about["steps"], seeds, options)
     return {claim["id"]: claim for claim in data.get("claim", [])}, cells
 
 

@@ -543,7 +543,7 @@ def forum_table(data, known, done):
     for words, name in done.items():
         found = modes(data, known, name)
         texts = [with_interval(found[mode][0]) if mode in found else "" for mode in MODES]
-        rows.append([words, known[name].seeds, *texts])
+        rows.append([words, len(known[name].seeds), *texts])
     return table(["", "seeds", *MODES], rows)
 
 
@@ -569,7 +569,8 @@ def summary_table(data, known, labels, *families):
 
 def command(cell):
     """Return the command of a cell's first run, and how the others differ."""
-    seeds = [f"--seed 2 to {cell.seeds}"] if cell.seeds > 1 else []
+    _, *more = cell.seeds
+    seeds = [f"--seed {more[0]} to {more[-1]}"] if more else []
     others = ", ".join([f"--env {env}" for env in cell.envs[1:]] + seeds)
     line = f"python {cell.script}.py {shlex.join(cell.runs()[0].words())}"
     return f"{line}  # and {others}" if others else line
