@@ -36,7 +36,7 @@ def options(script, norm):
     common["device"] = "cpu"
     common |= {"bn_warmup": 60, "norm_position": ("post",)} if norm == "batchrenorm" else {}
     if script in ("ddpg_bn", "sac_bn"):
-        rest = {"learning_starts": 100, "batch_size": 32, "buffer_size": 400, "total_steps": 620}
+        rest = {"learning_starts": 100, "batch_size": 32, "buffer_size": 400, "total_steps": 460}
         return common | rest | {"env": "conftest:ShortPendulum-v0", "save_every": 30}
     common |= {"num_envs": 4, "total_steps": 2000, "save_every": 200}
     common |= {"bn_recalibrate": 3} if norm == "batchrenorm" else {"reward_norm": True}
