@@ -232,6 +232,13 @@ def test_a_picture_shows_the_cells_that_have_runs_and_tells_which_are_missing(ro
     assert "`ddpg-batchnorm` (1)" in first and "`ddpg-none`" not in first
 
 
+def test_the_command_of_a_cell_names_all_its_seeds():
+    known = cells.load()[1]
+    assert report.command(known["ddpg-none"]).endswith("--env Hopper-v4, --seed 2 to 3")
+    words = "--seed 5 --total-steps 50000  # and --env Hopper-v4, --seed 6 to 7"
+    assert report.command(known["ddpg-fresh-none"]).endswith(words)
+
+
 def test_an_interval_hardly_depends_on_chance():
     """All 27 x 27 resamples of three seeds and three, the means of each."""
     x, y = [1.0, 20.0, 300.0], [7.0, 40.0, 90.0]
