@@ -3,7 +3,7 @@
 Run:
   python ddpg_bn.py --env Ant-v4
   python ddpg_bn.py --resume runs/Ant-v4/ddpg_bn/RUN
-  python ddpg_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: the main job, to watch it fail
+  python ddpg_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: naive, to watch it fail
   python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: one repair
   The paper's own placement, the state and all layers before the action:  # NORM flag: Sec. 3
   python ddpg_bn.py --norm batchnorm --norm-position input pre --action-layer 1  # NORM flag: DDPG's
@@ -106,7 +106,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (256, 256)  # width of each hidden layer
     max_grad_norm: float = 0.0  # longest gradient of a network; 0 for any length
     target_network: bool = True  # no: bootstrap from the live networks
-    action_layer: Literal[0, 1] = 0  # action at the critic's input, or (1) second hidden layer (10)
+    action_layer: Literal[0, 1] = 0  # hidden layers of the critic before the action joins (10)
 
 
 # NORM begin: layer: what --norm builds, and where --norm-position puts it
@@ -374,7 +374,7 @@ def update_target(target, source, tau):
     """theta' <- (1 - tau) theta' + tau theta (7)."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
     for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: a copy,
-        old.copy_(new)  # NORM target: since parameters() leaves out buffers, which stay at 0 and 1
+        old.copy_(new)  # NORM target: as parameters() has no buffers, which would stay at 0 and 1
 
 
 def update(agent, batch, args):
@@ -461,11 +461,11 @@ def norm_scalars(agent, batch):
     train_eval_gap_policy, _q and dead_units: see `probe`, means over layers, on the batch's (s, a).
     stat_lag: |running mean - batch mean| / batch deviation, mean over features, then layers, on the
     same; what else passed the critic in train mode moved its statistics, too.
-    target_stretch: deviation of a feature of the target critic on (s', mu(s')), by the live actor,
+    target_stretch: deviation of a feature of the target critic on s' and the live actor's action,
     over its running deviation, by which eval mode divides; the largest of all features, with the
     layers before it in train mode. Near 1 if these fit, hundreds if a unit was dead.
     actor_grad: norm of the actor's gradient in the last update, as clipped.
-    saturation: share of the components of mu(s) in the outermost 1 % at either bound.
+    saturation: share of the components of the actor's action in the outer 1 % at either bound.
     """
     gap_policy, found, dead = probe(agent.actor, batch.obs)
     gap_q, more, more_dead = probe(agent.critic, batch.obs, batch.action)
@@ -478,7 +478,8 @@ def norm_scalars(agent, batch):
         scalars["stat_lag"] = np.mean(lags)
     if target:
         scalars["target_stretch"] = max((std / old).max().item() for _, old, _, std in target)
-    scalars["dead_units"] = np.mean(dead + more_dead)
+    if dead + more_dead:
+        scalars["dead_units"] = np.mean(dead + more_dead)
     if grads:
         scalars["actor_grad"] = torch.stack(grads).norm().item()
     scalars["saturation"] = (action.abs() > 0.98).float().mean().item()
@@ -866,8 +867,8 @@ def train(args, stop=()):
             if stopping:
                 break
     if step >= args.total_steps and not diverged:
-        new = writer if step > start_step else None  # a finished run evaluated this step before
-        evaluations.append(report_evaluation(agent, eval_env, args, step, new, bar))
+        events = writer if step > start_step else None  # a finished run evaluated this step before
+        evaluations.append(report_evaluation(agent, eval_env, args, step, events, bar))
         diverged = not (is_finite(agent) and np.isfinite(evaluations[-1]).all())
     if diverged:
         what = "a loss, a weight, an observation, a reward or a return is not finite"

@@ -108,7 +108,7 @@ class Args:
     clip: float = 0.2  # largest change of the ratio that is rewarded (6)
     value_coef: float = 0.5  # weight of the critic's loss
     entropy_coef: float = 0.0  # weight of the entropy bonus (7)
-    target_kl: float = 0.0  # mean divergence that ends the epochs; 0 for any (11)
+    target_kl: float = 0.0  # mean divergence that ends the epochs; 0 for never (11)
     hidden_sizes: tuple[int, ...] = (64, 64)  # width of each hidden layer
     max_grad_norm: float = 0.5  # longest gradient of a step; 0 for any length
 
@@ -363,12 +363,12 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 
 def update(agent, batch, rng, args):
-    """Learn from a rollout; return losses (kl: the last epoch's) and the number of steps taken."""
+    """Learn from a rollout; return losses (kl: the last epoch's) and the gradient steps taken."""
     # NORM report: first_ratio is max |ratio - 1| in the first minibatch, before weights change:
     # NORM report: what differs from 1 is another mode, or other batch statistics.
     agent.actor.train(args.bn_update == "train")  # NORM mode: --bn-update
     agent.critic.train(args.bn_update == "train")  # NORM mode: --bn-update
-    steps = 0
+    taken = 0
     for _ in range(args.epochs):
         rows, divergences = rng.permutation(len(batch.obs)), []
         parts = (x[rows].chunk(args.minibatches) for x in batch)
@@ -381,8 +381,8 @@ def update(agent, batch, rng, args):
             gradient_step(agent.optimizer, loss, args.max_grad_norm)
             ratio = ratio.detach()
             divergences.append((ratio - 1 - ratio.log()).mean())  # Schulman's estimate of KL
-            steps += 1
-            if steps == 1:  # NORM report: before any gradient step
+            taken += 1
+            if taken == 1:  # NORM report: this ratio is from before the step
                 first_ratio = (ratio - 1).abs().max()  # NORM report: 0 if the policy is the same
         kl = torch.stack(divergences).mean()
         if args.target_kl and kl > args.target_kl:  # (11)
@@ -390,7 +390,7 @@ def update(agent, batch, rng, args):
     losses = {"policy": loss_pi.detach(), "critic": loss_v.detach(), "entropy": entropy.detach()}
     losses |= {"kl": kl, "clipped": ((ratio - 1).abs() > args.clip).float().mean()}
     losses["ratio"] = first_ratio  # NORM report: norm/first_ratio
-    return losses, steps
+    return losses, taken
 
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
@@ -475,7 +475,7 @@ def norm_scalars(agent, rollout, obs):
     train_eval_gap_policy, _v and dead_units: see `probe`, means over layers.
     stat_lag: |running mean - batch mean| / batch deviation, mean over features, then layers.
     moment_gap: see there; of the actor, whether or not it acted in train mode.
-    saturation: share of the components of the mean action in the outermost 1 % at either bound.
+    saturation: share of the components of the mean action in the outer 1 % or beyond a bound.
     """
     gap_policy, found, dead = probe(agent.actor.net, obs)
     gap_v, more, more_dead = probe(agent.critic.net, obs)
@@ -926,8 +926,8 @@ def train(args, stop=()):
     if step >= args.total_steps and not diverged:
         if args.norm.startswith("batch") and step > start_step:  # NORM report: after learning
             report_modes(agent, args, batch.obs, step, writer)  # NORM report: in each mode
-        new = writer if step > start_step else None  # a finished run evaluated this step before
-        evaluations.append(report_evaluation(agent, eval_envs, args, step, new, bar))
+        events = writer if step > start_step else None  # a finished run evaluated this step before
+        evaluations.append(report_evaluation(agent, eval_envs, args, step, events, bar))
         diverged = not (is_finite(agent) and np.isfinite(evaluations[-1]).all())
     if diverged:
         what = "a loss, a weight, an observation, a reward or a return is not finite"

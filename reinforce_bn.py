@@ -13,7 +13,8 @@ Implementation details, sections and equations of the paper (Machine Learning 8,
       gradient comes from them.
   (2) A time-out is not a death: gamma V(s') is added to the last reward, s' being the true last
       observation (Pardo et al. 2018, arXiv 1712.00378).
-  (3) Reward-to-go: an action answers for the rewards that follow it (Sutton et al. 2000).
+  (3) Reward-to-go: an action answers for the rewards that follow it (Sutton et al. 2000), without
+      the factor gamma^t that a discounted objective would put before it, as is usual.
   (4) Baseline: V(s) as it was when acting; afterwards --critic-steps gradient steps fit it to the
       rewards-to-go (Spinning Up).
   (5) One gradient step of the policy from all episodes; advantages standardized.
@@ -453,7 +454,7 @@ def norm_scalars(agent, rollout, obs):
     train_eval_gap_policy, _v and dead_units: see `probe`, means over layers.
     stat_lag: |running mean - batch mean| / batch deviation, mean over features, then layers.
     moment_gap: see there; of the actor, whether or not it acted in train mode.
-    saturation: share of the components of the mean action in the outermost 1 % at either bound.
+    saturation: share of the components of the mean action in the outer 1 % or beyond a bound.
     """
     gap_policy, found, dead = probe(agent.actor.net, obs)
     gap_v, more, more_dead = probe(agent.critic.net, obs)
@@ -901,8 +902,8 @@ def train(args, stop=()):
     if step >= args.total_steps and not diverged:
         if args.norm.startswith("batch") and step > start_step:  # NORM report: after learning
             report_modes(agent, args, batch.obs, step, writer)  # NORM report: in each mode
-        new = writer if step > start_step else None  # a finished run evaluated this step before
-        evaluations.append(report_evaluation(agent, eval_envs, args, step, new, bar))
+        events = writer if step > start_step else None  # a finished run evaluated this step before
+        evaluations.append(report_evaluation(agent, eval_envs, args, step, events, bar))
         diverged = not (is_finite(agent) and np.isfinite(evaluations[-1]).all())
     if diverged:
         what = "a loss, a weight, an observation, a reward or a return is not finite"

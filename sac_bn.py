@@ -189,7 +189,7 @@ def hidden_layers(*sizes):
 
 
 class Actor(nn.Module):
-    """pi(a|s), a squashed Gaussian: observations (n, obs_dim) to actions (n, action_dim) (9)."""
+    """pi(a|s), a squashed Gaussian: observations (n, obs_dim) to its mean, (n, action_dim) (9)."""
 
     def __init__(self, obs_dim, action_space, args):
         super().__init__()
@@ -242,7 +242,7 @@ def make_agent(env, args, device):
     agent = SimpleNamespace(actor=actor, critic=critic, device=device, env=args.env)
     agent.critic_target = copy.deepcopy(critic) if args.target_network else critic
     agent.temperature = nn.ParameterDict({"log_alpha": torch.zeros(())}).to(device)
-    agent.log_alpha = agent.temperature["log_alpha"]  # keeps alpha, in rewards, positive (8)
+    agent.log_alpha = agent.temperature["log_alpha"]  # alpha > 0, in units of reward (8)
     default = -float(action_space.shape[0])
     agent.target_entropy = default if args.target_entropy is None else args.target_entropy
     betas = args.adam_beta1, 0.999
@@ -399,7 +399,7 @@ def update_target(target, source, tau):
     """theta' <- (1 - tau) theta' + tau theta (7)."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
     for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: a copy,
-        old.copy_(new)  # NORM target: since parameters() leaves out buffers, which stay at 0 and 1
+        old.copy_(new)  # NORM target: as parameters() has no buffers, which would stay at 0 and 1
 
 
 def update(agent, batch, updates, args):
@@ -490,11 +490,11 @@ def norm_scalars(agent, batch):
     train_eval_gap_policy, _q and dead_units: see `probe`, means over layers, on the batch's (s, a).
     stat_lag: |running mean - batch mean| / batch deviation, mean over features, then layers, on the
     same; what else passed the critic in train mode moved its statistics, too.
-    target_stretch: deviation of a feature of the target critic on (s', mu(s')), by the live actor,
+    target_stretch: deviation of a feature of the target critic on s' and the live actor's action,
     over its running deviation, by which eval mode divides; the largest of all features, with the
     layers before it in train mode. Near 1 if these fit, hundreds if a unit was dead.
     actor_grad: norm of the actor's gradient in the last update, as clipped.
-    saturation: share of the components of mu(s) in the outermost 1 % at either bound.
+    saturation: share of the components of the actor's action in the outer 1 % at either bound.
     """
     gap_policy, found, dead = probe(agent.actor, batch.obs)
     gap_q, more, more_dead = probe(agent.critic, batch.obs, batch.action)
@@ -507,7 +507,8 @@ def norm_scalars(agent, batch):
         scalars["stat_lag"] = np.mean(lags)
     if target:
         scalars["target_stretch"] = max((std / old).max().item() for _, old, _, std in target)
-    scalars["dead_units"] = np.mean(dead + more_dead)
+    if dead + more_dead:
+        scalars["dead_units"] = np.mean(dead + more_dead)
     if grads:
         scalars["actor_grad"] = torch.stack(grads).norm().item()
     scalars["saturation"] = (action.abs() > 0.98).float().mean().item()
@@ -907,8 +908,8 @@ def train(args, stop=()):
             if stopping:
                 break
     if step >= args.total_steps and not diverged:
-        new = writer if step > start_step else None  # a finished run evaluated this step before
-        evaluations.append(report_evaluation(agent, eval_env, args, step, new, bar))
+        events = writer if step > start_step else None  # a finished run evaluated this step before
+        evaluations.append(report_evaluation(agent, eval_env, args, step, events, bar))
         diverged = not (is_finite(agent) and np.isfinite(evaluations[-1]).all())
     if diverged:
         what = "a loss, a weight, an observation, a reward or a return is not finite"

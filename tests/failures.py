@@ -166,8 +166,8 @@ FAILURES = [
         "With --tau 1 a target network is a copy of the live one, yet with batch norm their values"
         " differ.",
         "ddpg_bn",
-        "        old.copy_(new)  # NORM target: since",
-        "        pass  # NORM target: since",
+        "        old.copy_(new)  # NORM target: as",
+        "        pass  # NORM target: as",
         "`parameters()` leaves out buffers: the target's statistics stay at 0 and 1.",
         f"{SB3}/issues/996",
         target_values_differ,

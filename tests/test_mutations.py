@@ -73,7 +73,7 @@ MUTATIONS = [
     ),
     (
         "ddpg_bn",
-        "old.copy_(new)  # NORM target: since parameters() leaves",
+        "old.copy_(new)  # NORM target: as parameters() has",
         "pass",
         "test_ddpg.py::test_targets_get_statistics_by_copy_and_weights_by_polyak",
     ),
