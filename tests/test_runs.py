@@ -184,6 +184,13 @@ def test_every_kind_of_run_learns_something(script, small, options):
     assert about["args"]["norm"] == args.norm and about["versions"]["torch"] == torch.__version__
 
 
+def test_an_activation_that_cannot_die_reports_no_dead_units(script, small, monkeypatch):
+    monkeypatch.setattr(script, "ACTIVATION", torch.nn.Tanh)
+    args = small(script, total_steps=1000, learning_starts=990, norm="batchnorm")
+    assert script.train(args)["updates"] == 10
+    assert "norm/stat_lag" in tags(args.run_dir) and "norm/dead_units" not in tags(args.run_dir)
+
+
 class Solved(Exception):
     pass
 
