@@ -223,7 +223,7 @@ class Critic(nn.Module):
 
 
 def make_agent(env, args, device):
-    """Return networks, their targets (copies, or the live ones themselves) and optimizers."""
+    """Return networks, their targets (copies, or the live ones) and optimizers."""
     obs_dim, action_space = env.observation_space.shape[0], env.action_space
     actor = Actor(obs_dim, action_space, args).to(device)
     critic = Critic(obs_dim, action_space, args).to(device)

@@ -12,7 +12,7 @@ Implementation details, sections and equations of the paper (arXiv 1707.06347) u
   (2) A time-out is not a death: gamma V(s') is added to the last reward, s' being the true last
       observation (Pardo et al. 2018, arXiv 1712.00378).
   (3) Advantages: TD errors summed with weights (gamma lambda)^k, cut at both kinds of end (Eq. 11).
-  (4) Values are fitted to advantage + old value; their change is not clipped (off: no gain in
+  (4) Values are fitted to advantage + old value; their change is not clipped (no gain in
       Andrychowicz et al. 2021, arXiv 2006.05990).
   (5) Epochs over shuffled minibatches of equal size; advantages standardized in each.
   (6) Actor: ascends min(ratio A, clip(ratio) A); the old log-probability is that of acting (Eq. 7).
@@ -202,7 +202,7 @@ def make_net(obs_shape, outputs, gain, args):
 
 
 class Actor(nn.Module):
-    """pi(a|s): observations (n, *obs_shape) to a distribution over n actions (8)."""
+    """pi(a|s): observations (n, *obs_shape) to n distributions over actions (8)."""
 
     def __init__(self, obs_shape, action_space, args):
         super().__init__()
@@ -389,7 +389,7 @@ def update(agent, batch, rng, args):
             break
     losses = {"policy": loss_pi.detach(), "critic": loss_v.detach(), "entropy": entropy.detach()}
     losses |= {"kl": kl, "clipped": ((ratio - 1).abs() > args.clip).float().mean()}
-    losses["ratio"] = first_ratio  # NORM report: norm/first_ratio
+    losses["first_ratio"] = first_ratio  # NORM report: see above
     return losses, taken
 
 
@@ -889,7 +889,7 @@ def train(args, stop=()):
                 agent.obs_stat.push(next_obs[done])  # NORM obs: an episode's first one counts too
             obs = next_obs
         # learn
-        rollout = Rollout(*(torch.stack(x) for x in zip(*steps, strict=True)))
+        rollout = Rollout(*map(torch.stack, zip(*steps, strict=True)))
         batch = make_batch(rollout, state_value(agent, obs, args), args)
         losses, taken = update(agent, batch, rng, args)
         updates += taken
@@ -899,12 +899,13 @@ def train(args, stop=()):
         if diverged:
             break
         writer.add_scalar("charts/SPS", (step - start_step) / (time.time() - start_time), step)
-        writer.add_scalar("norm/first_ratio", losses.pop("ratio"), step)  # NORM report: see update
+        first_ratio = losses.pop("first_ratio")  # NORM report: it is no loss
+        writer.add_scalar("norm/first_ratio", first_ratio, step)  # NORM report: see update
         for name, value in losses.items():
             writer.add_scalar(f"losses/{name}", value, step)
         rows = np.random.default_rng(step).permutation(len(batch.obs))  # NORM report: not the run's
         part = batch.obs[rows[: len(rows) // args.minibatches]]  # NORM report: one minibatch
-        for name, value in norm_scalars(agent, rollout, part).items():  # NORM report: the panel
+        for name, value in norm_scalars(agent, rollout, part).items():  # NORM report: a panel
             writer.add_scalar(f"norm/{name}", value, step)  # NORM report: see norm_scalars
         if episodes:
             returns, lengths = map(np.concatenate, zip(*episodes, strict=True))

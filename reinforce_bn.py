@@ -195,7 +195,7 @@ def make_net(obs_shape, outputs, gain, args):
 
 
 class Actor(nn.Module):
-    """pi(a|s): observations (n, *obs_shape) to a distribution over n actions (8)."""
+    """pi(a|s): observations (n, *obs_shape) to n distributions over actions (8)."""
 
     def __init__(self, obs_shape, action_space, args):
         super().__init__()
@@ -355,7 +355,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 
 def update(agent, batch, args):
-    """Learn from a rollout; return losses as tensors and the number of gradient steps taken."""
+    """Learn from a rollout; return losses and the gradient steps taken."""
     agent.actor.train(args.bn_update == "train")  # NORM mode: --bn-update
     agent.critic.train(args.bn_update == "train")  # NORM mode: --bn-update
     policy = agent.actor(batch.obs)
@@ -864,7 +864,7 @@ def train(args, stop=()):
                 agent.obs_stat.push(next_obs[done])  # NORM obs: an episode's first one counts too
             obs = next_obs
         # learn
-        rollout = Rollout(*(torch.stack(x) for x in zip(*steps, strict=True)))
+        rollout = Rollout(*map(torch.stack, zip(*steps, strict=True)))
         batch = make_batch(rollout, args)
         losses, taken = update(agent, batch, args)
         updates += taken

@@ -16,7 +16,7 @@ Run:
 Implementation details, sections and equations of the paper (arXiv 1812.05905) unless said:
   (1) Replay of raw transitions, sampled uniformly (Algorithm 1).
   (2) Uniformly random actions at first (Spinning Up, TD3).
-  (3) Exploration by the stochastic policy; evaluation by its mean (SB3, Spinning Up).
+  (3) Exploration by the stochastic policy; evaluation by its median, tanh(mean) (SB3, Spinning Up).
   (4) Critics: squared distance from y = r + gamma (min Q'(s', a') - alpha log pi(a'|s')) (Eq. 5).
   (5) A time-out is not a death: y goes on through it (Pardo et al. 2018, arXiv 1712.00378).
   (6) Actor: descends alpha log pi(a|s) - min Q(s, a), reparameterized (Eq. 9).
@@ -189,7 +189,7 @@ def hidden_layers(*sizes):
 
 
 class Actor(nn.Module):
-    """pi(a|s), a squashed Gaussian: observations (n, obs_dim) to its mean, (n, action_dim) (9)."""
+    """pi(a|s), a squashed Gaussian: observations (n, obs_dim) to medians, (n, action_dim) (9)."""
 
     def __init__(self, obs_dim, action_space, args):
         super().__init__()
@@ -204,7 +204,7 @@ class Actor(nn.Module):
 
     def forward(self, obs):
         mean, _ = self.net(obs).chunk(2, dim=1)
-        return torch.tanh(mean) * self.action_scale + self.action_bias
+        return torch.tanh(mean) * self.action_scale + self.action_bias  # (9)
 
     def sample(self, obs):
         """Return actions (n, action_dim) that gradients flow through, and log pi(a|s), (n,)."""
@@ -322,7 +322,7 @@ class ReplayBuffer:
 
 @torch.no_grad()
 def act(agent, obs, explores=False):
-    """Return the mean action or a ~ pi(a|s), (action_dim,), for one observation, (obs_dim,)."""
+    """Return the median action or a ~ pi(a|s), (action_dim,), for one observation, (obs_dim,)."""
     obs = agent.obs_filter(obs, update=False)  # NORM obs: the policy sees what it learns from
     agent.actor.eval()  # NORM mode: one observation has no batch statistics
     obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.device).unsqueeze(0)
@@ -519,8 +519,8 @@ def norm_scalars(agent, batch):
 def q_bias(agent, episodes, gamma):
     """Return mean and std over states of (Q(s, a) - G) / max(|G|, 10), after REDQ's code.
 
-    Here actions are the policy's means, in REDQ they are drawn: where noise costs reward, Q, which
-    is of the noisy policy, lies below G without any error.
+    Here actions are the policy's medians, REDQ draws them: where noise costs reward, Q, which is of
+    the noisy policy, lies below G without any error.
     G is the discounted return that followed, with alpha times the entropy of all later actions,
     one draw for each; Q is the mean of the two. Where a time-out cut an episode, the states are
     left out that have more than 1 % of G's weight behind the cut; {} if none remains.

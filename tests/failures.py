@@ -150,7 +150,7 @@ def ratio_is_not_one(script, folder):
 
     def watched(*inputs):
         losses, steps = update(*inputs)
-        seen.append(float(losses["ratio"]))
+        seen.append(float(losses["first_ratio"]))
         return losses, steps
 
     script.update = watched
