@@ -181,7 +181,7 @@ PICTURES = {
         named("ddpg", "none eval-policy-critic target-train joint joint-target-train crossnorm"),
         (HALF_CHEETAH, HOPPER),
         ("eval/return", "norm/q_bias"),
-        True,
+        False,
     ),
     "sac": Picture(
         named("sac", "none wide batchnorm eval-policy-critic no-target crossq"),
