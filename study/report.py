@@ -184,7 +184,7 @@ PICTURES = {
         False,
     ),
     "sac": Picture(
-        named("sac", "none wide batchnorm eval-policy-critic no-target crossq"),
+        named("sac", "none wide zfilter batchnorm eval-policy-critic no-target crossq"),
         (HALF_CHEETAH, HOPPER),
         ("eval/return",),
         False,
@@ -213,6 +213,7 @@ PICTURES = {
 }
 LADDER = {  # the same, of the steps to CrossQ
     "no layers": "none",
+    "no layers, `--norm zfilter`": "zfilter",
     "`--norm batchnorm`": "batchnorm",
     f"1. `{REPAIRED}`": "eval-policy-critic",
     "2. `--bn-joint`": "joint",
