@@ -1,50 +1,36 @@
 """DDPG in one file (Lillicrap et al. 2016, Continuous control with deep reinforcement learning).
 
-Run:
-  python ddpg_bn.py --env Ant-v4
-  python ddpg_bn.py --resume runs/Ant-v4/ddpg_bn/RUN
-  python ddpg_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: naive, to watch it fail
-  python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: one repair
-  The paper's own placement, the state and all layers before the action:  # NORM flag: Sec. 3
-  python ddpg_bn.py --norm batchnorm --norm-position input pre --action-layer 1  # NORM flag: DDPG's
+python ddpg_bn.py --env Ant-v4
+python ddpg_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: naive, to watch it fail
+python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: one repair
+python ddpg_bn.py --norm batchnorm --norm-position input pre --action-layer 1  # NORM flag: Sec. 3
+python ddpg_bn.py --resume runs/Ant-v4/ddpg_bn/RUN
 
-Implementation details, sections and equations of the paper (arXiv 1509.02971) unless said:
-  (1) Replay of raw transitions, sampled uniformly (Sec. 3).
-  (2) Uniformly random actions at first (Spinning Up, TD3; not in the paper).
-  (3) Exploration by uncorrelated Gaussian noise (TD3, arXiv 1802.09477, Sec. 6.1).
-  (4) Critic: squared distance from y = r + gamma Q'(s', mu'(s')) (Eq. 4 and 5).
-  (5) A time-out is not a death: y goes on through it (Pardo et al. 2018, arXiv 1712.00378).
-  (6) Actor: ascends Q(s, mu(s)) through the action (Eq. 6).
-  (7) Target networks follow slowly, at every update (Algorithm 1).
-  (8) Small final layers: first actions and values are near zero (Sec. 7).
-  (9) Actions are scaled to the environment's bounds.
-  (10) The action enters the critic at its input (TD3), not at its second hidden layer (Sec. 7).
+Lines that bear the word NORM are where normalization enters, and say why.  # NORM flag: as here
+Without: sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' ddpg_bn.py > plain.py  # NORM flag: DDPG
 
-                 paper, Sec. 7                      here
-  learning rate  actor 1e-4, critic 1e-3            1e-3 both (Spinning Up, Tianshou)
-  hidden layers  400, 300                           256, 256 (CleanRL, SB3's SAC)
-  batch          64                                 256 (TD3's later version, CleanRL)
-  tau            0.001                              0.005 (TD3): targets lag 200 updates, not 1000
-  critic decay   0.01                               none (TD3's OurDDPG, CleanRL)
-  noise          Ornstein-Uhlenbeck, 0.15 and 0.2   Gaussian 0.1 (TD3, which saw no gain from OU)
-  gamma, replay  0.99, one million                  the same
+Equations and sections are those of the paper (arXiv 1509.02971). Details that it does not have:
+D1  Uniformly random actions at first, then uncorrelated Gaussian noise (TD3, arXiv 1802.09477).
+D2  A time-out is not a death: the target goes on through it (Pardo et al., arXiv 1712.00378).
+D3  The action enters the critic at its input (TD3), not at its second hidden layer (Sec. 7).
+D4  Constants are those of TD3 and CleanRL. The paper's: --actor-lr 1e-4 --batch-size 64 --tau 0.001
+    --hidden-sizes 400 300 --action-layer 1, with weight decay and correlated noise (Sec. 7).
 """
 
-import contextlib
 import copy
-import io
 import itertools
 import json
 import math
-import os
+import re
 import signal
 import sys
 import time
+import traceback
 from collections import namedtuple
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -59,7 +45,6 @@ from tqdm import tqdm
 from zfilter import RunningStat, ZFilter  # NORM obs: the one file that the scripts share
 
 ACTIVATION = nn.ReLU  # of hidden layers
-LOG_EVERY = 1000  # environment steps between two reports
 
 # ------------------------------------------------------------------------------------------- Args
 
@@ -67,46 +52,66 @@ LOG_EVERY = 1000  # environment steps between two reports
 @dataclass
 class Args:
     env: str = "HalfCheetah-v4"  # Gymnasium id of the environment
-    seed: int = 1  # seeds environment, action space, torch and numpy's generator of the run
+    seed: int = 1  # of all random numbers
     total_steps: int = 1_000_000  # environment steps to train for
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
     eval_every: int = 10_000  # steps between evaluations; 0 for one at the end only
     eval_episodes: int = 5  # episodes of an evaluation, without noise, from the same starts
     run_dir: str = ""  # folder of the run; default: a new one in runs/<env>/<script>
-    save_every: int = 50_000  # steps between checkpoints, which wait for the end of an episode
-    resume: str = ""  # folder of a run to continue with its own options, or to a higher total_steps
+    save_every: int = 20_000  # steps between checkpoints, which wait for the end of an episode
+    resume: str = ""  # folder of a run to continue with its options, or to a higher total_steps
     # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
 
     # what normalizes: layers in the networks, or (zfilter, fixed) a filter on the observations
     norm: Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"] = "none"
-    # where layers stand: on the input, before or after each hidden activation; default: post
-    norm_position: tuple[Literal["input", "pre", "post"], ...] = ()
+    # where layers stand: on the input, before or after each hidden activation
+    norm_position: tuple[Literal["input", "pre", "post"], ...] = ("post",)
     norm_net: Literal["both", "actor", "critic"] = "both"  # which network has the layers
     norm_stats: str = ""  # fixed: the obs_stats.npz of an earlier run
-    # weight of the newest batch in the running statistics (torch's sense; TF and JAX: 1 - this)
-    bn_momentum: float = 0.1
-    # batchrenorm: a layer's first passes in train mode, which are batch norm (CrossQ: 100000)
-    bn_warmup: int = 100_000
+    bn_momentum: float = 0.1  # weight of the newest batch in running statistics (JAX: 1 - this)
+    bn_warmup: int = 100_000  # batchrenorm: passes in train mode that are plain batch norm (CrossQ)
     # target networks use the running statistics, copied from the live ones, or their own batch's
     bn_target: Literal["eval", "train"] = "eval"
     # in the actor's loss the critic uses the statistics of the batch of the policy's actions, which
     # also move its running ones, or (eval) uses the running ones and moves nothing
     bn_policy_critic: Literal["train", "eval"] = "train"
-    # (s, a) and (s', a') pass the critic as one batch and share its statistics (CrossNorm, CrossQ)
-    bn_joint: bool = False
+    bn_joint: bool = False  # (s, a) and (s', a') pass the critic as one batch (CrossNorm, CrossQ)
     # NORM end
-    learning_starts: int = 5_000  # steps of random actions, before the first update (2)
+    learning_starts: int = 5_000  # steps of random actions, before the first update (D1)
     batch_size: int = 256  # transitions in an update
     buffer_size: int = 1_000_000  # transitions that the replay buffer keeps
     actor_lr: float = 1e-3  # Adam's learning rate
     critic_lr: float = 1e-3  # Adam's learning rate
     gamma: float = 0.99  # discount per step
-    tau: float = 0.005  # weight of the live network in its target (7)
-    noise: float = 0.1  # standard deviation of exploration, in halves of the action range (3)
+    tau: float = 0.005  # weight of the live network in its target
+    noise: float = 0.1  # standard deviation of exploration, in halves of the action range (D1)
     hidden_sizes: tuple[int, ...] = (256, 256)  # width of each hidden layer
     max_grad_norm: float = 0.0  # longest gradient of a network; 0 for any length
     target_network: bool = True  # no: bootstrap from the live networks
-    action_layer: Literal[0, 1] = 0  # hidden layers of the critic before the action joins (10)
+    action_layer: Literal[0, 1] = 0  # hidden layers of the critic before the action joins (D3)
+
+    def __post_init__(self):
+        """Raise ValueError, which tyro shows, for options that cannot work or change nothing."""
+        is_batch = self.norm in ("batchnorm", "batchrenorm")  # NORM flag: see below
+        needs = [  # options, what they need, whether it is there
+            ("device", "a GPU", self.device != "cuda" or torch.cuda.is_available()),
+            ("action_layer", "two hidden layers", len(self.hidden_sizes) > 1),
+            ("tau", "target networks", self.target_network),
+            # NORM begin: flag: an option that would change nothing is a mistake
+            ("norm_position norm_net", "a layer", is_batch or self.norm == "layernorm"),
+            ("bn_momentum bn_target bn_policy_critic bn_joint", "batch norm", is_batch),
+            ("bn_policy_critic bn_joint", "it in the critic", self.norm_net != "actor"),
+            ("bn_target", "target networks", self.target_network),
+            ("bn_warmup", "--norm batchrenorm", self.norm == "batchrenorm"),
+            ("batch_size", "2 or more for batch norm", self.batch_size > 1 or not is_batch),
+            ("norm_stats", "--norm fixed", self.norm == "fixed"),
+            ("norm", "--norm-stats if it is fixed", self.norm_stats or self.norm != "fixed"),
+            # NORM end
+        ]
+        for names, what, is_there in needs:
+            for name in names.split():
+                if getattr(self, name) != getattr(Args, name) and not is_there:
+                    raise ValueError(f"--{name.replace('_', '-')} needs {what}")
 
 
 # NORM begin: layer: what --norm builds, and where --norm-position puts it
@@ -116,13 +121,9 @@ class Args:
 class BatchRenorm(nn.BatchNorm1d):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with the constants of CrossQ.
 
-    Training: y = gamma (x_hat r + d) + beta, where x_hat is batch norm's and the constants
-    r = std_B / std and d = (mean_B - mean) / std lead to the running statistics: with r and d
-    unclipped, train and eval mode agree. r = 1 and d = 0, as in the warm-up, is batch norm, with
-    epsilon 1e-3 where torch's has 1e-5, and a biased running variance where torch's is not.
+    y = gamma (x_hat r + d) + beta, where x_hat is batch norm's, and the constants r = std_B / std
+    and d = (mean_B - mean) / std, if not clipped, make train mode what eval mode is.
     """
-
-    r_max, d_max = 3.0, 5.0
 
     def __init__(self, features, momentum, warmup):
         super().__init__(features, eps=1e-3, momentum=momentum)
@@ -135,37 +136,39 @@ class BatchRenorm(nn.BatchNorm1d):
             # the kernel behind batch_norm returns its statistics; torch.var_mean is far slower
             _, mean, rstd = torch.native_batch_norm(x, None, None, None, None, True, 0.0, self.eps)
             std = (self.running_var + self.eps).sqrt()
-            warm = self.num_batches_tracked >= self.warmup
-            r = (1 / (rstd * std)).clamp(1 / self.r_max, self.r_max).where(warm, 1.0)
-            d = ((mean - self.running_mean) / std).clamp(-self.d_max, self.d_max).where(warm, 0.0)
+            warmed_up = self.num_batches_tracked >= self.warmup  # before: r = 1, d = 0, batch norm
+            r = (1 / (rstd * std)).clamp(1 / 3, 3).where(warmed_up, 1.0)
+            d = ((mean - self.running_mean) / std).clamp(-5, 5).where(warmed_up, 0.0)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(rstd**-2 - self.eps, self.momentum)
             self.num_batches_tracked += 1
         gamma, beta = self.weight * r, self.weight * d + self.bias
-        return nn.functional.batch_norm(x, None, None, gamma, beta, True, 0.0, self.eps)
+        return F.batch_norm(x, None, None, gamma, beta, True, 0.0, self.eps)
 
 
 def norm_layer(features, args):
-    """Return a layer that normalizes inputs of shape (batch, features)."""
+    """Return the layer of --norm for inputs (n, features)."""
+    if args.norm == "layernorm":
+        return nn.LayerNorm(features)
     if args.norm == "batchnorm":
         return nn.BatchNorm1d(features, momentum=args.bn_momentum)
-    if args.norm == "batchrenorm":
-        return BatchRenorm(features, args.bn_momentum, args.bn_warmup)
-    return nn.LayerNorm(features)
+    return BatchRenorm(features, args.bn_momentum, args.bn_warmup)
 
 
 def add_norm(net, name, args):
-    """Return the layers of net with normalization layers at --norm-position, if it has any."""
+    """Return the layers of net with those of --norm at --norm-position, if it has any."""
     if args.norm in ("none", "zfilter", "fixed") or args.norm_net not in ("both", name):
         return net
-    width, position = net[0].in_features, args.norm_position or ("post",)
-    layers = [norm_layer(width, args)] if "input" in position else []
+    width, layers = net[0].in_features, []
+    if "input" in args.norm_position:
+        layers += [norm_layer(width, args)]
     for layer in net:
         width = getattr(layer, "out_features", width)
-        is_hidden = isinstance(layer, ACTIVATION)
-        layers += [norm_layer(width, args)] if is_hidden and "pre" in position else []
+        if isinstance(layer, ACTIVATION) and "pre" in args.norm_position:
+            layers += [norm_layer(width, args)]
         layers += [layer]
-        layers += [norm_layer(width, args)] if is_hidden and "post" in position else []
+        if isinstance(layer, ACTIVATION) and "post" in args.norm_position:
+            layers += [norm_layer(width, args)]
     return nn.Sequential(*layers)
 
 
@@ -173,18 +176,14 @@ def add_norm(net, name, args):
 # --------------------------------------------------------------------------------------- Networks
 
 
-def hidden_layers(*sizes):
-    """Return linear layers, each activated, that lead from sizes[0] features to sizes[-1]."""
-    pairs = itertools.pairwise(sizes)
-    return [layer for pair in pairs for layer in (nn.Linear(*pair), ACTIVATION())]
-
-
-def final_layer(size, outputs):
-    """Return a linear layer with weights and biases in U(-3e-3, 3e-3) (8)."""
-    layer = nn.Linear(size, outputs)
-    for parameter in layer.parameters():
+def make_net(*sizes):
+    """Return linear layers from sizes[0] features to sizes[-1], all but the last one activated."""
+    layers = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), ACTIVATION()]
+    for parameter in layers[-2].parameters():  # first actions and values are near 0 (Sec. 7)
         nn.init.uniform_(parameter, -3e-3, 3e-3)
-    return layer
+    return nn.Sequential(*layers[:-1])
 
 
 class Actor(nn.Module):
@@ -192,16 +191,14 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim, action_space, args):
         super().__init__()
-        layers = hidden_layers(obs_dim, *args.hidden_sizes)
-        outputs = final_layer(args.hidden_sizes[-1], action_space.shape[0])
-        self.net = nn.Sequential(*layers, outputs)
+        self.net = make_net(obs_dim, *args.hidden_sizes, action_space.shape[0])
         self.net = add_norm(self.net, "actor", args)  # NORM layer: on s
         low, high = torch.tensor(np.float32([action_space.low, action_space.high]))
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
 
     def forward(self, obs):
-        return torch.tanh(self.net(obs)) * self.action_scale + self.action_bias  # (9)
+        return torch.tanh(self.net(obs)) * self.action_scale + self.action_bias
 
 
 class Critic(nn.Module):
@@ -209,11 +206,13 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim, action_space, args):
         super().__init__()
-        before = (obs_dim, *args.hidden_sizes[: args.action_layer])  # sizes before the action (10)
-        after = (before[-1] + action_space.shape[0], *args.hidden_sizes[args.action_layer :])
-        self.obs_net = nn.Sequential(*hidden_layers(*before))
-        self.net = nn.Sequential(*hidden_layers(*after), final_layer(after[-1], 1))
-        if args.action_layer == 0:  # NORM layer: the input holds the action, too
+        sizes, k = (
+            (obs_dim, *args.hidden_sizes),
+            args.action_layer,
+        )  # the action joins sizes[k] (D3)
+        self.obs_net = nn.Sequential(*([nn.Linear(*sizes[:2]), ACTIVATION()] if k else []))
+        self.net = make_net(sizes[k] + action_space.shape[0], *sizes[k + 1 :], 1)
+        if k == 0:  # NORM layer: the input holds the action, too
             self.net = add_norm(self.net, "critic", args)  # NORM layer: on (s, a)
         else:  # NORM layer: as in the paper, only what comes before the action
             self.obs_net = add_norm(self.obs_net, "critic", args)  # NORM layer: on s
@@ -222,52 +221,88 @@ class Critic(nn.Module):
         return self.net(torch.cat([self.obs_net(obs), action], dim=1)).squeeze(1)
 
 
-def make_agent(env, args, device):
-    """Return networks, their targets (copies, or the live ones) and optimizers."""
-    obs_dim, action_space = env.observation_space.shape[0], env.action_space
-    actor = Actor(obs_dim, action_space, args).to(device)
-    critic = Critic(obs_dim, action_space, args).to(device)
-    agent = SimpleNamespace(actor=actor, critic=critic, device=device, env=args.env)
-    agent.actor_target = copy.deepcopy(actor) if args.target_network else actor
-    agent.critic_target = copy.deepcopy(critic) if args.target_network else critic
-    agent.actor_optimizer = Adam(actor.parameters(), args.actor_lr, fused=True)
-    agent.critic_optimizer = Adam(critic.parameters(), args.critic_lr, fused=True)
-    agent.obs_stat = RunningStat(obs_dim)  # NORM obs: every run counts the states it meets
-    agent.obs_filter = make_filter(agent.obs_stat, args)  # NORM obs: for most --norm the identity
-    return agent
+# ------------------------------------------------------------------------------- Losses and update
 
-
-# ------------------------------------------------------------------------------------------- Data
-
-
-# NORM begin: obs: what stands between an observation and the networks
-def make_filter(obs_stat, args):
-    """Return the filter of --norm: zfilter learns with obs_stat, fixed never; else the identity."""
-    active = args.norm in ("zfilter", "fixed")
-    obs_filter = ZFilter(obs_stat.mean.shape, active, active, 10.0 if active else None)
-    if args.norm == "zfilter":
-        obs_filter.stat = obs_stat
-    if args.norm == "fixed" and not args.resume:
-        try:
-            obs_filter.stat.load(args.norm_stats, env=args.env)
-        except Exception as error:
-            fail(f"--norm-stats {args.norm_stats}: no statistics for --env {args.env} ({error})")
-    return obs_filter
-
-
-def filter_batch(obs_filter, batch):
-    """Return the batch with both observations filtered by the statistics as they are now."""
-    obs, next_obs = (obs_filter(x, update=False) for x in (batch.obs, batch.next_obs))
-    return batch._replace(obs=obs, next_obs=next_obs)
-
-
-# NORM end
 # Transitions: obs and next_obs (n, obs_dim), action (n, action_dim), the others (n,).
 Batch = namedtuple("Batch", "obs action reward next_obs terminated")
 
 
+def q_values(agent, batch, next_action, args):
+    """Return Q(s, a), and Q'(s', a') without gradient."""
+    # NORM begin: batch: one pass, so that (s, a) and (s', a') share one mean and variance
+    # Two passes in train mode would center each on a mean of its own, and so hide from the critic
+    # how a and a' differ; the running statistics would never come to know (s', a').
+    if args.bn_joint:
+        pair = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
+        q, own_q_next = agent.critic.train()(*pair).chunk(2)
+        if not args.target_network:
+            return q, own_q_next.detach()
+        with torch.no_grad():
+            return q, agent.critic_target.train(args.bn_target == "train")(*pair).chunk(2)[1]
+    # NORM end
+    with torch.no_grad():
+        agent.critic_target.train(args.bn_target == "train")  # NORM mode: whose statistics y uses
+        q_next = agent.critic_target(batch.next_obs, next_action)
+    agent.critic.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
+    return agent.critic(batch.obs, batch.action), q_next
+
+
+def critic_loss(agent, batch, args):
+    """Return the mean of (Q(s, a) - y)^2 (Eq. 4), and Q(s, a), (n,)."""
+    with torch.no_grad():
+        agent.actor_target.train(args.bn_target == "train")  # NORM mode: whose statistics a' uses
+        next_action = agent.actor_target(batch.next_obs)
+    q, q_next = q_values(agent, batch, next_action, args)
+    td_target = batch.reward + args.gamma * (1 - batch.terminated) * q_next  # y (Eq. 5, D2)
+    return F.mse_loss(q, td_target), q
+
+
+def actor_loss(agent, batch, args):
+    """Return -mean Q(s, mu(s)), whose gradient reaches mu through the action (Eq. 6)."""
+    agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
+    # NORM begin: mode: train mode here hides from the actor what Q makes of its actions
+    # In train mode batch norm gives each feature the mean beta, whatever mu does. If it stands
+    # last before the output, mean Q = w beta + b: no gradient but rounding, which Adam follows.
+    agent.critic.train(args.bn_policy_critic == "train")
+    # NORM end
+    return -agent.critic(batch.obs, agent.actor(batch.obs)).mean()
+
+
+def gradient_step(optimizer, loss, max_grad_norm):
+    """Descend the loss, by a gradient no longer than max_grad_norm unless that is 0."""
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    loss.backward(inputs=parameters)  # so the actor's loss leaves the critic's gradient alone
+    if max_grad_norm:
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer.step()
+
+
+@torch.no_grad()
+def update_target(target, source, tau):
+    """theta' <- (1 - tau) theta' + tau theta (Algorithm 1)."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+    for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: a copy,
+        old.copy_(new)  # NORM target: as parameters() has no buffers, which would stay at 0 and 1
+
+
+def update(agent, batch, args):
+    """Take one step with critic, actor and targets; return losses and mean Q, by name."""
+    loss_q, q = critic_loss(agent, batch, args)
+    gradient_step(agent.critic_optimizer, loss_q, args.max_grad_norm)
+    loss_pi = actor_loss(agent, batch, args)
+    gradient_step(agent.actor_optimizer, loss_pi, args.max_grad_norm)
+    if args.target_network:
+        update_target(agent.actor_target, agent.actor, args.tau)
+        update_target(agent.critic_target, agent.critic, args.tau)
+    return {"losses/critic": loss_q, "losses/actor": loss_pi, "losses/q": q.mean()}
+
+
+# ------------------------------------------------------------------------------ Acting and memory
+
+
 class ReplayBuffer:
-    """The newest `capacity` transitions, raw float32, in arrays that are allocated once (1)."""
+    """The newest `capacity` transitions, raw float32, in arrays that are allocated once."""
 
     def __init__(self, capacity, obs_dim, action_dim):
         shapes = (obs_dim,), (action_dim,), (), (obs_dim,), ()
@@ -285,13 +320,13 @@ class ReplayBuffer:
 
     def sample(self, rng, n):
         """Return a Batch of n transitions, drawn uniformly with replacement."""
-        index = rng.integers(len(self), size=n)
-        return Batch(*(array[index] for array in self.data))
+        rows = rng.integers(len(self), size=n)
+        return Batch(*(array[rows] for array in self.data))
 
     def state_dict(self):
         """Return the filled part, as tensors that share its memory."""
-        arrays = [torch.from_numpy(array[: len(self)]) for array in self.data]
-        return {"added": self.added, "data": arrays}
+        data = [torch.from_numpy(array[: len(self)]) for array in self.data]
+        return {"added": self.added, "data": data}
 
     def load_state_dict(self, state):
         """Restore what `state_dict` returned."""
@@ -300,7 +335,14 @@ class ReplayBuffer:
             array[: len(self)] = saved
 
 
-# ----------------------------------------------------------------------------- Losses and updates
+def sample_batch(agent, rng, args):
+    """Return a Batch from the replay as the networks take it."""
+    batch = agent.buffer.sample(rng, args.batch_size)
+    # NORM begin: obs: the replay stays raw, and is filtered by the statistics of now
+    obs, next_obs = (agent.obs_filter(x, update=False) for x in (batch.obs, batch.next_obs))
+    batch = batch._replace(obs=obs, next_obs=next_obs)
+    # NORM end
+    return Batch(*(torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in batch))
 
 
 @torch.no_grad()
@@ -313,594 +355,296 @@ def act(agent, obs):
 
 
 def explore(agent, obs, action_space, rng, args):
-    """Return mu(s) + N(0, noise), clipped to the bounds (3)."""
+    """Return mu(s) + N(0, noise), clipped to the bounds (D1)."""
     low, high = action_space.low, action_space.high
     noise = rng.normal(0.0, args.noise * (high - low) / 2).astype(np.float32)
     return (act(agent, obs) + noise).clip(low, high)
 
 
-def q_values(agent, batch, next_action, args):
-    """Return Q(s, a), and Q'(s', a') without gradient."""
-    # NORM begin: batch: one pass, so that (s, a) and (s', a') share one mean and variance
-    # Two passes in train mode would center each on a mean of its own, and so hide from the critic
-    # how a and a' differ; the running statistics would never come to know (s', a').
-    if args.bn_joint:
-        pair = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
-        q, q_next = agent.critic.train()(*pair).chunk(2)
-        if args.target_network:
-            with torch.no_grad():
-                q_next = agent.critic_target.train(args.bn_target == "train")(*pair).chunk(2)[1]
-        return q, q_next.detach()
+# ------------------------------------------------------------------------------------------ Train
+
+
+def make_env(args):
+    """Return the environment; it observes float32 vectors, and clips actions to its bounds."""
+    env = gym.make(args.env)
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
+        raise ValueError(f"--env {args.env} acts in {space}: choose bounded, continuous actions")
+    env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, space.low, space.high), space)
+    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+def make_agent(env, args, device):
+    """Return networks, their targets (copies, or the live ones), optimizers and replay."""
+    obs_dim, action_space = env.observation_space.shape[0], env.action_space
+    agent = SimpleNamespace(device=device)
+    agent.actor = Actor(obs_dim, action_space, args).to(device)
+    agent.critic = Critic(obs_dim, action_space, args).to(device)
+    agent.actor_target = copy.deepcopy(agent.actor) if args.target_network else agent.actor
+    agent.critic_target = copy.deepcopy(agent.critic) if args.target_network else agent.critic
+    agent.actor_optimizer = Adam(agent.actor.parameters(), args.actor_lr, fused=True)
+    agent.critic_optimizer = Adam(agent.critic.parameters(), args.critic_lr, fused=True)
+    agent.buffer = ReplayBuffer(args.buffer_size, obs_dim, action_space.shape[0])
+    # NORM begin: obs: what stands between an observation and the networks
+    agent.obs_stat = RunningStat(obs_dim)  # of all states that training meets
+    agent.obs_filter = ZFilter(obs_dim, demean=False, destd=False, clip=None)  # the identity
+    if args.norm == "zfilter":
+        agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # which learns
+    if args.norm == "fixed":
+        agent.obs_filter = ZFilter(obs_dim)  # which never does
+        if not args.resume:  # a checkpoint holds the statistics, too
+            agent.obs_filter.stat.load(args.norm_stats, env=args.env)
     # NORM end
-    with torch.no_grad():
-        agent.critic_target.train(args.bn_target == "train")  # NORM mode: eval may not fit s', a'
-        q_next = agent.critic_target(batch.next_obs, next_action)
-    agent.critic.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
-    return agent.critic(batch.obs, batch.action), q_next
+    return agent
 
 
-def critic_loss(agent, batch, args):
-    """Return the mean of (Q(s, a) - y)^2 (4), and Q(s, a), (n,)."""
-    with torch.no_grad():
-        agent.actor_target.train(args.bn_target == "train")  # NORM mode: --bn-target
-        next_action = agent.actor_target(batch.next_obs)
-    q, q_next = q_values(agent, batch, next_action, args)
-    td_target = batch.reward + args.gamma * (1 - batch.terminated) * q_next  # (4), (5)
-    return F.mse_loss(q, td_target), q
-
-
-def actor_loss(agent, batch, args):
-    """Return -mean Q(s, mu(s)) (6)."""
-    agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
-    # NORM begin: mode: train mode here hides from the actor what Q makes of its actions
-    # In train mode batch norm gives each feature the mean beta, whatever mu does. If it stands
-    # last before the output, mean Q = w beta + b: no gradient but rounding, which Adam follows.
-    agent.critic.train(args.bn_policy_critic == "train")
-    # NORM end
-    return -agent.critic(batch.obs, agent.actor(batch.obs)).mean()
-
-
-def gradient_step(optimizer, loss, max_grad_norm):
-    """Descend the loss, by a gradient no longer than max_grad_norm unless that is 0."""
-    optimizer.zero_grad()
-    loss.backward()
-    if max_grad_norm:
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
-    optimizer.step()
-
-
-@torch.no_grad()
-def update_target(target, source, tau):
-    """theta' <- (1 - tau) theta' + tau theta (7)."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-    for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: a copy,
-        old.copy_(new)  # NORM target: as parameters() has no buffers, which would stay at 0 and 1
-
-
-def update(agent, batch, args):
-    """Take one step with critic, actor and targets; return losses and mean Q as tensors."""
-    loss_q, q = critic_loss(agent, batch, args)
-    gradient_step(agent.critic_optimizer, loss_q, args.max_grad_norm)
-    agent.critic.requires_grad_(False)  # the actor's loss has no use for the critic's gradient
-    loss_pi = actor_loss(agent, batch, args)
-    gradient_step(agent.actor_optimizer, loss_pi, args.max_grad_norm)
-    agent.critic.requires_grad_(True)
-    if args.target_network:
-        update_target(agent.actor_target, agent.actor, args.tau)
-        update_target(agent.critic_target, agent.critic, args.tau)
-    return {"critic": loss_q.detach(), "actor": loss_pi.detach(), "q": q.detach().mean()}
+def train(args):
+    """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    env, eval_env = make_env(args), make_env(args)
+    env.reset(seed=args.seed)
+    env.action_space.seed(args.seed)
+    agent = make_agent(env, args, device)
+    run = Run(args, agent, [rng, env.unwrapped.np_random, env.action_space.np_random])
+    obs = None
+    try:
+        while run.step < args.total_steps:
+            if obs is None:  # an episode begins
+                obs, _ = env.reset()
+                agent.obs_stat.push(obs)  # NORM obs: each observation of training counts once
+            # act
+            if run.step < args.learning_starts:
+                action = env.action_space.sample()
+            else:
+                action = explore(agent, obs, env.action_space, rng, args)
+            # step
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            if not np.isfinite([*action, *next_obs, reward]).all():
+                raise FloatingPointError("an action, observation or reward is not finite")
+            agent.obs_stat.push(next_obs)  # NORM obs: in evaluation and from the replay none does
+            run.step += 1
+            # store
+            agent.buffer.add(obs, action, reward, next_obs, terminated)
+            obs = next_obs
+            # learn
+            if run.step > args.learning_starts:
+                batch = sample_batch(agent, rng, args)
+                losses = update(agent, batch, args)
+                run.updates += 1
+                if run.step % 1000 == 0:
+                    run.log(losses)
+                    run.log(norm_scalars(agent, batch))  # NORM report: changes nothing
+            # report
+            if args.eval_every and run.step % args.eval_every == 0 and run.step < args.total_steps:
+                run.evaluate(*evaluate(agent, eval_env, args))
+            if terminated or truncated:
+                run.log({"charts/episodic_return": env.return_queue[-1]})
+                if run.step // args.save_every > run.saved // args.save_every:
+                    run.save()
+                obs = None
+        run.evaluate(*evaluate(agent, eval_env, args))
+        run.save()
+    except FloatingPointError as error:
+        return run.finish(f"diverged at step {run.step}: {error}")
+    return run.finish()
 
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
 
 
-def evaluate(agent, env, episodes):
-    """Play without noise, from the same starts at every call, and learn nothing.
+def evaluate(agent, env, args):
+    """Play without noise, from the same starts each time, and learn nothing.
 
-    Returns for each episode obs (n, obs_dim), action (n, action_dim), reward (n,) and terminated.
+    Returns the return of each episode, and {name: value} to report beside them.
     """
-    played = []
-    for k in range(episodes):
-        steps, terminated, truncated = [], False, False
+    returns, scalars = [], {}
+    errors = []  # NORM report: of Q
+    for k in range(args.eval_episodes):
         obs, _ = env.reset(seed=1_000_000 + k)
-        while not (terminated or truncated):
+        rewards, done = [], False
+        pairs = []  # NORM report: (s, a), which Q is asked about
+        while not done:
             action = act(agent, obs)
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-            steps.append((obs, action, reward))
-            obs = next_obs
-        played.append((*map(np.array, zip(*steps, strict=True)), terminated))
-    return played
+            pairs.append((obs, action))  # NORM report: which Q is asked about
+            obs, reward, terminated, truncated, _ = env.step(action)
+            rewards.append(reward)
+            done = terminated or truncated
+        returns.append(np.sum(rewards))
+        errors.extend(q_errors(agent, pairs, rewards, terminated, args.gamma))  # NORM report: of Q
+    if errors:  # NORM report: none if every episode was cut too early
+        scalars["norm/q_bias"] = np.mean(errors)  # NORM report: see q_errors
+    return returns, scalars
 
 
 # NORM begin: report: what normalization does to a run, made visible
-PANELS = {
-    "Normalization": {
-        "lag of running statistics": ["Multiline", ["norm/stat_lag"]],
-        "stretch of the target's features": ["Multiline", ["norm/target_stretch"]],
-        "gap between train and eval mode": ["Multiline", ["norm/train_eval_gap_.*"]],
-        "bias of Q": ["Multiline", ["norm/q_bias.*"]],
-        "gradient of the actor": ["Multiline", ["norm/actor_grad"]],
-        "saturation and dead units": ["Multiline", ["norm/saturation", "norm/dead_units"]],
-    },
-    "Learning": {"return": ["Multiline", ["eval/return$", "charts/episodic_return"]]},
-}
+SCALARS = "norm/actor_grad", "norm/saturation", "norm/stat_lag", "norm/q_bias"
 
 
 @torch.no_grad()
-def probe(net, *inputs):
-    """Run a copy of net on one batch. Returns three things:
+def q_errors(agent, pairs, rewards, terminated, gamma):
+    """Return (Q(s, a) - G) / max(|G|, 10) for the states of an episode, as in REDQ's code.
 
-    mean |train-mode output - eval-mode output|, in the output's units;
-    for each batch norm, running mean and deviation before the pass, and the batch's own;
-    for each layer of ReLUs, the share that no sample activates (these two in train mode).
+    G is the discounted return that followed. Where a time-out cut the episode, the states are left
+    out that have more than 1 % of G's weight behind the cut.
     """
-    net, found, dead = copy.deepcopy(net), [], []
+    obs, action = map(np.array, zip(*pairs, strict=True))
+    inputs = agent.obs_filter(obs, update=False), action
+    inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
+    q, g = agent.critic.eval()(*inputs).cpu().numpy(), np.array([*rewards, 0.0])
+    for t in reversed(range(len(q))):
+        g[t] += gamma * g[t + 1]
+    known = terminated | (gamma ** np.arange(len(q), 0, -1) <= 0.01)
+    return ((q - g[:-1]) / np.maximum(np.abs(g[:-1]), 10))[known]
 
-    def keep(layer, inputs):
-        x = inputs[0].movedim(1, -1).flatten(0, -2)  # an image counts as many samples
-        var, mean = torch.var_mean(x, 0, correction=0)
-        old_std, std = ((v + layer.eps).sqrt() for v in (layer.running_var, var))
-        found.append((layer.running_mean.clone(), old_std, mean, std))
 
-    def count_dead(layer, inputs, output):
-        dead.append((output <= 0).all(0).float().mean().item())
-
-    eval_output = net.eval()(*inputs)
-    for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            layer.register_forward_pre_hook(keep)
-        if isinstance(layer, nn.ReLU):
-            layer.register_forward_hook(count_dead)
-    return (net.train()(*inputs) - eval_output).abs().mean().item(), found, dead
+@torch.no_grad()
+def stat_lags(net, *inputs):
+    """Return for each batch norm the mean over features of |running mean - batch mean| / std."""
+    fresh, lags = copy.deepcopy(net).train(), []
+    for layer in fresh.modules():
+        layer.momentum = 1.0  # a pass makes running statistics those of its batch
+    fresh(*inputs)
+    for old, new in zip(net.modules(), fresh.modules(), strict=True):
+        if hasattr(old, "running_mean"):
+            std = (new.running_var + new.eps).sqrt()
+            lags.append(((old.running_mean - new.running_mean).abs() / std).mean())
+    return lags
 
 
 @torch.no_grad()
 def norm_scalars(agent, batch):
-    """Return {name: value} of the normalization panel, from the last training batch:
+    """Return {name: value} about the last update, from its batch:
 
-    train_eval_gap_policy, _q and dead_units: see `probe`, means over layers, on the batch's (s, a).
-    stat_lag: |running mean - batch mean| / batch deviation, mean over features, then layers, on the
-    same; what else passed the critic in train mode moved its statistics, too.
-    target_stretch: deviation of a feature of the target critic on s' and the live actor's action,
-    over its running deviation, by which eval mode divides; the largest of all features, with the
-    layers before it in train mode. Near 1 if these fit, hundreds if a unit was dead.
-    actor_grad: norm of the actor's gradient in the last update, as clipped.
+    actor_grad: norm of the actor's gradient. stat_lag: see `stat_lags`, mean over layers.
     saturation: share of the components of the actor's action in the outer 1 % at either bound.
     """
-    gap_policy, found, dead = probe(agent.actor, batch.obs)
-    gap_q, more, more_dead = probe(agent.critic, batch.obs, batch.action)
-    _, target, _ = probe(agent.critic_target, batch.next_obs, agent.actor.eval()(batch.next_obs))
-    grads = [p.grad.norm() for p in agent.actor.parameters() if p.grad is not None]
+    grads = [p.grad for p in agent.actor.parameters() if p.grad is not None]
+    scalars = {"norm/actor_grad": nn.utils.get_total_norm(grads)}
     action = (agent.actor.eval()(batch.obs) - agent.actor.action_bias) / agent.actor.action_scale
-    scalars = {"train_eval_gap_policy": gap_policy, "train_eval_gap_q": gap_q}
-    lags = [((old - mean).abs() / std).mean().item() for old, _, mean, std in found + more]
+    scalars["norm/saturation"] = (action.abs() > 0.98).float().mean()
+    lags = stat_lags(agent.actor, batch.obs) + stat_lags(agent.critic, batch.obs, batch.action)
     if lags:
-        scalars["stat_lag"] = np.mean(lags)
-    if target:
-        scalars["target_stretch"] = max((std / old).max().item() for _, old, _, std in target)
-    if dead + more_dead:
-        scalars["dead_units"] = np.mean(dead + more_dead)
-    if grads:
-        scalars["actor_grad"] = torch.stack(grads).norm().item()
-    scalars["saturation"] = (action.abs() > 0.98).float().mean().item()
+        scalars["norm/stat_lag"] = torch.stack(lags).mean()
     return scalars
 
 
-@torch.no_grad()
-def q_bias(agent, episodes, gamma):
-    """Return mean and std over states of (Q(s, a) - G) / max(|G|, 10), as in REDQ's code.
-
-    G is the discounted return that followed. Where a time-out cut an episode, the states are left
-    out that have more than 1 % of G's weight behind the cut; {} if none remains.
-    """
-    errors = []
-    for obs, action, reward, terminated in episodes:
-        inputs = agent.obs_filter(obs, update=False), action
-        inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
-        g = list(itertools.accumulate(reward[::-1], lambda g, r: r + gamma * g))[::-1]
-        n = len(g) if terminated else (gamma ** np.arange(len(g), 0, -1) <= 0.01).sum()
-        q, g = agent.critic.eval()(*inputs).cpu().numpy()[:n], np.array(g[:n])
-        errors.extend((q - g) / np.maximum(np.abs(g), 10))
-    return {"q_bias": np.mean(errors), "q_bias_std": np.std(errors)} if errors else {}
-
-
-def report_warmup(agent):
-    """Say so if layers of batch renormalization never left their warm-up."""
-    modules = *agent.actor.modules(), *agent.critic.modules()
-    layers = [layer for layer in modules if isinstance(layer, BatchRenorm)]
-    warming = sum(0 < int(layer.num_batches_tracked) <= layer.warmup for layer in layers)
-    if warming:
-        print(f"{warming} of {len(layers)} layers were batch norm to the end: lower --bn-warmup")
-
-
 # NORM end
-# ------------------------------------------------------------------------------------- Checkpoint
-
-PARTS = "actor", "critic", "actor_target", "critic_target", "buffer"
-PARTS += "actor_optimizer", "critic_optimizer"
-PARTS += "obs_stat", "obs_filter"  # NORM save: a policy needs its statistics
+# --------------------------------------------------------------------------------- Files of a run
 
 
 def write(path, save):
-    """Let save(file) fill a new file, then move it into place: a kill leaves the old or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            save(file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        with contextlib.suppress(OSError):  # a read-only disk refuses this, too
-            temporary.unlink()
-        sys.exit(f"{path} is not written, what stood there stands: {error}")
+    """Let save fill a new file, then move it to path: a kill leaves the old one or the new."""
+    new = path.with_name(f"new-{path.name}")
+    save(new)
+    new.replace(path)
 
 
-def save_run(run_dir, agent, generators, progress, writer):
-    """Write all that a run needs to go on as if it had never stopped."""
-    state = {part: getattr(agent, part).state_dict() for part in PARTS}
-    cuda = [torch.cuda.get_rng_state()] if agent.device == "cuda" else []
-    state |= {"env": agent.env, "progress": progress, "torch": torch.get_rng_state(), "cuda": cuda}
-    state["generators"] = [generator.bit_generator.state for generator in generators]
-    # NORM begin: save: for people, and for --norm fixed
-    write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
-    # NORM end
-    # events first, since a resumed run writes only those that follow
-    write(run_dir / "checkpoint.pt", lambda file: (writer.flush(), torch.save(state, file)))
+class Run:
+    """The files of a run, and its progress; it knows nothing of algorithms."""
 
+    def __init__(self, args, agent, generators):
+        self.args, self.agent, self.generators = args, agent, generators
+        self.step, self.updates, self.evals, self.saved = 0, 0, [], 0
+        name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}"
+        # NORM begin: flag: the folder's name says how the run is normalized
+        changed = [k for k in vars(args) if getattr(args, k) != getattr(Args, k)]
+        words = [f"{k} {getattr(args, k)}" for k in changed if re.match("norm|bn|reward_norm", k)]
+        name = re.sub(r"[^\w.]+", "-", " ".join([*words, name]))
+        # NORM end
+        new = args.run_dir or Path("runs", args.env.replace(":", "-"), Path(__file__).stem, name)
+        self.dir = Path(args.resume or new)
+        self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        if args.resume:
+            self.load()
+        names = "torch", "gymnasium", "mujoco", "numpy"
+        about = {"script": Path(__file__).stem, "args": asdict(args)}
+        about["versions"] = {x: sys.modules[x].__version__ for x in names if x in sys.modules}
+        write(self.dir / "args.json", lambda file: file.write_text(json.dumps(about, indent=2)))
+        (self.dir / "result.json").unlink(missing_ok=True)  # of a run that now goes further
+        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
+        panel = {name: ["Multiline", [name]] for name in SCALARS}  # NORM report: a page of its own
+        self.writer.add_custom_scalars({"Normalization": panel})  # NORM report: that comes first
+        self.bar = tqdm(total=args.total_steps, initial=self.step, unit="step", disable=None)
+        print(f"run: {self.dir}", flush=True)
+        self.save()  # from now on a kill loses nothing that --resume cannot bring back
 
-def load_run(run_dir, agent, generators):
-    """Restore what `save_run` wrote and return its progress; nothing in the file is executed."""
-    try:
-        state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if state["env"] != agent.env:
-            raise ValueError(f"it is of {state['env']}")
-        for part in PARTS:
-            getattr(agent, part).load_state_dict(state[part])
+    def log(self, scalars):
+        """Write {name: value} to the events; raise FloatingPointError if one is not finite."""
+        self.bar.update(self.step - self.bar.n)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, float(value), self.step)
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value}")
+
+    def evaluate(self, returns, scalars):
+        """Log and show the returns of the episodes of an evaluation, and scalars beside them."""
+        mean, std = float(np.mean(returns)), float(np.std(returns))
+        self.evals = [e for e in self.evals if e[0] < self.step] + [(self.step, mean, std)]
+        self.bar.write(f"step {self.step}: return {mean:.1f} ± {std:.1f}", sys.stderr)
+        self.log({"eval/return": mean, "eval/return_std": std} | scalars)
+
+    def save(self):
+        """Write all that the run needs to go on as if it had never stopped."""
+        parts = {k: part for k, part in vars(self.agent).items() if hasattr(part, "state_dict")}
+        state = {"args": asdict(self.args), "progress": (self.step, self.updates, self.evals)}
+        state["agent"] = {name: part.state_dict() for name, part in parts.items()}
+        state["torch"] = torch.get_rng_state()
+        state["numpy"] = [generator.bit_generator.state for generator in self.generators]
+        # NORM begin: save: for people, and for --norm fixed
+        write(self.dir / "obs_stats.npz", lambda x: self.agent.obs_stat.save(x, env=self.args.env))
+        # NORM end
+        self.writer.flush()  # a resumed run writes only the events that follow
+        write(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
+        self.saved = self.step
+
+    def load(self):
+        """Restore what `save` wrote; nothing in the file is executed."""
+        state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        free = "total_steps", "device", "eval_every", "eval_episodes"
+        free += "run_dir", "save_every", "resume"
+        for name, value in vars(self.args).items():
+            if name not in free and state["args"].get(name) != value:
+                raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
+        for name, part in state["agent"].items():
+            getattr(self.agent, name).load_state_dict(part)
+        self.step, self.updates, self.evals = state["progress"]
+        self.saved = self.step
         torch.set_rng_state(state["torch"])
-        torch.cuda.set_rng_state_all(state["cuda"])
-        for generator, saved in zip(generators, state["generators"], strict=True):
+        for generator, saved in zip(self.generators, state["numpy"], strict=True):
             generator.bit_generator.state = saved
-        step, updates, evaluations = state["progress"]
-    except Exception as error:
-        fail(f"--resume {run_dir}: no checkpoint.pt that fits ({error!r:.200})")
-    return step, updates, evaluations
+
+    def finish(self, *diverged):
+        """Close the run, and return what it came to; diverged: words about a divergence."""
+        result = {"run_dir": str(self.dir), "eval": self.evals, "steps": self.step}
+        result |= {"updates": self.updates, "diverged": bool(diverged)}
+        write(self.dir / "result.json", lambda file: file.write_text(json.dumps(result)))
+        self.bar.close()
+        self.writer.close()
+        print(*diverged, f"files: {self.dir}", f"look:  tensorboard --logdir {self.dir}", sep="\n")
+        return result
 
 
-def saved_args(run_dir):
-    """Return the options of the run in run_dir; end with one line if it is no run of ours."""
-    try:
-        saved = json.loads((Path(run_dir) / "args.json").read_text())["args"]
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        args = Args(**saved | {"resume": str(run_dir)})
-        check(replace(args, device="cpu"))
-        return args
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        fail(f"--resume {run_dir}: no run of {Path(__file__).name} ({error})")
-
-
-def make_run_dir(args):
-    """Make and return the folder of a new run; no two runs get the same."""
-    name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    # NORM begin: flag: the name of a run says how it is normalized
-    changed = changed_norm_options(replace(args, norm_stats=""))
-    words = [f"{k}={'+'.join(v) if k == 'norm_position' else v}" for k, v in changed.items()]
-    name = "-".join([args.norm, *words, name])
-    # NORM end
-    run_dir = Path(args.run_dir or Path("runs") / args.env / Path(__file__).stem / name)
-    for k in itertools.count(2):
-        try:
-            run_dir.mkdir(parents=True)
-            return run_dir
-        except OSError as error:
-            if args.run_dir or not os.path.isdir(run_dir):  # False where it may not look
-                fail(f"--run-dir {run_dir} cannot be made ({error.strerror}): choose another one")
-        run_dir = run_dir.with_name(f"{name}-{k}")
-
-
-def open_run(args):
-    """Return the folder of a new run, or of the one to resume if its options are the same."""
-    if not args.resume:
-        return make_run_dir(args)
-    saved = asdict(saved_args(args.resume))
-    free = "total_steps", "eval_every", "eval_episodes", "save_every", "device"
-    for name, value in asdict(args).items():
-        if value != saved[name] and name not in free:
-            fail(f"--{name.replace('_', '-')} cannot change when a run resumes: leave it out")
-    if args.total_steps < saved["total_steps"]:
-        fail(f"--total-steps {args.total_steps} is less than the run's {saved['total_steps']}")
-    return Path(args.resume)
-
-
-def describe_run(run_dir, args):
-    """Write args.json, with options and versions; the run is not finished, so has no result."""
-    names = "torch", "gymnasium", "mujoco", "numpy"  # mujoco only where the environment uses it
-    about = {"script": Path(__file__).stem, "args": asdict(replace(args, resume=""))}
-    about["versions"] = {x: sys.modules[x].__version__ for x in names if x in sys.modules}
-    text, old = json.dumps(about, indent=2), run_dir / "result.json"
-    write(run_dir / "args.json", lambda file: (old.unlink(True), file.write(text.encode())))
-
-
-# ------------------------------------------------------------------------------------- Command line
-
-LIMITS = (  # lowest and highest value of options
-    (0, 2**32 - 1, "seed"),
-    (0, 10**12, "eval_every learning_starts"),
-    (1, 10**12, "total_steps save_every buffer_size"),
-    (1, 10**6, "batch_size"),
-    (1, 10**4, "eval_episodes hidden_sizes"),
-    (0, 1, "actor_lr critic_lr gamma tau"),
-    (0, 1e6, "noise max_grad_norm"),
-    (0, 1, "bn_momentum"),  # NORM flag: a weight
-    (0, 10**12, "bn_warmup"),  # NORM flag: a count
-)
-
-
-def fail(message):
-    """End with exit code 2 and one line that says what to do."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse(**default):
-    """Return the options of the command line; of tyro's box about a mistake print one line."""
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) as box:
-            return tyro.cli(Args, **default)
-    except SystemExit as end:
-        if not end.code:  # --help
-            raise
-        rows = (row[1:-1].strip() for row in box.getvalue().splitlines()[1:])  # without the frame
-        fail(" ".join(row for row in rows if row.strip("─-")))
-
-
-# NORM begin: flag: what was asked for beyond --norm
-def changed_norm_options(args):
-    """Return {name: value} of the options of normalization that are not at their defaults."""
-    names = [k for k in vars(args) if k.startswith(("norm_", "bn_", "reward_norm"))]
-    return {k: getattr(args, k) for k in names if getattr(args, k) != getattr(Args, k)}
-
-
-# NORM end
-def check(args):
-    """End with one line if an option is out of range or options make no sense together."""
-    for name, kind in Args.__annotations__.items():
-        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind  # NORM flag: norm_position
-        for value in np.atleast_1d(getattr(args, name)) if get_origin(kind) is Literal else ():
-            if value not in get_args(kind):
-                fail(f"--{name.replace('_', '-')} {value}: choose from {get_args(kind)}")
-    for low, high, names in LIMITS:
-        for name in names.split():
-            if not all(low <= value <= high for value in np.atleast_1d(getattr(args, name))):
-                fail(f"--{name.replace('_', '-')} is out of range: choose from {low} to {high}")
-    if not args.hidden_sizes:
-        fail("--hidden-sizes needs at least one width")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda finds no GPU: use --device cpu")
-    if not args.target_network and args.tau != Args.tau:
-        fail("--tau needs target networks: drop --no-target-network")
-    if args.action_layer >= len(args.hidden_sizes):
-        fail("--action-layer 1 needs two --hidden-sizes or more")
-    # NORM begin: flag: a switch that could change nothing is a mistake
-    is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)
-    if len(set(args.norm_position)) < len(args.norm_position):
-        fail("--norm-position names a place twice: name it once")
-    if "bn_warmup" in changed and args.norm != "batchrenorm":
-        fail("--bn-warmup needs --norm batchrenorm")
-    for name in changed:
-        option = "--" + name.replace("_", "-")
-        if name.startswith("bn_") and not is_batch:
-            fail(f"{option} needs --norm batchnorm or batchrenorm, not {args.norm}")
-        if name in ("norm_position", "norm_net") and args.norm in ("none", "zfilter", "fixed"):
-            fail(f"{option} needs --norm batchnorm, batchrenorm or layernorm, not {args.norm}")
-        if name in ("bn_policy_critic", "bn_joint") and args.norm_net == "actor":
-            fail(f"{option} needs batch norm in the critic: drop --norm-net actor")
-    if args.bn_target == "train" and not args.target_network:
-        fail("--bn-target train needs target networks: drop --no-target-network")
-    if (args.norm == "fixed") != bool(args.norm_stats):
-        fail("--norm fixed and --norm-stats runs/.../obs_stats.npz need each other")
-    if is_batch and args.batch_size < 2:
-        fail("--batch-size 1 has no batch statistics: use 2 or more")
-    # NORM end
-
-
-# ------------------------------------------------------------------------------------------ Train
-
-
-class Checked(gym.Wrapper):
-    """Clips actions to their bounds, and ends an episode by reward NaN where float32 cannot go on.
-
-    That is at an observation of 1e18, whose square nears its limit, a reward of 1e38, or where one
-    of them or the action is NaN.
-    """
-
-    def reset(self, **options):
-        obs, info = self.env.reset(**options)
-        self.is_sound = (np.abs(obs) < 1e18).all()  # NaN is not less
-        return obs if self.is_sound else np.zeros_like(obs), info
-
-    def step(self, action):
-        space = self.action_space
-        if isinstance(space, gym.spaces.Box):
-            action = np.clip(action, space.low, space.high)  # a Gaussian, or rounding, crosses them
-        if self.is_sound and np.isfinite(action).all():
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            if (np.abs(obs) < 1e18).all() and abs(reward) < 1e38:
-                return obs, reward, terminated, truncated, info
-        nothing = np.zeros(self.observation_space.shape, self.observation_space.dtype)
-        return nothing, math.nan, True, False, {}
-
-
-def is_scalable(space):
-    """Whether the actions in this space are vectors that can be scaled from [-1, 1]."""
-    if not isinstance(space, gym.spaces.Box) or space.dtype.kind != "f" or len(space.shape) != 1:
-        return False
-    width = np.float64(space.high) - np.float64(space.low)
-    return bool(((width > 0) & (width < 1e38)).all())
-
-
-def make_env(args):
-    """Return one environment; end with one line if it is unknown or does not suit the algorithm."""
-    try:
-        env = Checked(gym.make(args.env))
-    except Exception as error:
-        fail(f"--env {args.env} cannot be made: {error}")
-    obs_space, action_space = env.observation_space, env.action_space
-    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
-        fail(f"--env {args.env} observes {obs_space}: choose one that observes a vector")
-    if not is_scalable(action_space):
-        fail(f"--env {args.env} acts in {action_space}: choose one with bounded continuous actions")
-    # a copy, since an environment may write its next observation into the same array
-    env = gym.wrappers.TransformObservation(env, lambda x: np.array(x, np.float32), obs_space)
-    return gym.wrappers.RecordEpisodeStatistics(env)
-
-
-def is_finite(agent):
-    """Whether every weight is a finite number."""
-    return all(x.isfinite().all() for x in (*agent.actor.parameters(), *agent.critic.parameters()))
-
-
-def report_evaluation(agent, env, args, step, writer, bar):
-    """Evaluate, log and show it; return (step, mean return, std over episodes).
-
-    writer: None if the events have this evaluation already.
-    """
-    episodes = evaluate(agent, env, args.eval_episodes)
-    returns = [float(reward.sum()) for _, _, reward, _ in episodes]
-    mean, std = float(np.mean(returns)), float(np.std(returns))
-    if writer:
-        writer.add_scalar("eval/return", mean, step)
-        writer.add_scalar("eval/return_std", std, step)
-        for name, value in q_bias(agent, episodes, args.gamma).items():  # NORM report: see q_bias
-            writer.add_scalar(f"norm/{name}", value, step)  # NORM report: mean and std
-    bar.set_postfix_str(f"return {mean:.1f} ± {std:.1f}")
-    if bar.disable and step < args.total_steps:  # no terminal to draw on
-        print(f"step {step} of {args.total_steps}: return {mean:.1f} ± {std:.1f}", flush=True)
-    return step, mean, std
-
-
-def train(args, stop=()):
-    """Train a policy, and return what the run came to:
-
-    {"run_dir": str, "eval": [(step, mean return, std over episodes), ...], "steps": int,
-    "updates": int, "diverged": bool}. Raises SystemExit(2) for options that make no sense. Once
-    the list stop is no longer empty, the run saves itself as soon as it can be resumed, and ends.
-    """
-    check(args)
-    env, eval_env = make_env(args), make_env(args)
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
-    env.reset(seed=args.seed)
-    env.action_space.seed(args.seed)
-    generators = rng, env.unwrapped.np_random, env.action_space.np_random
-    agent = make_agent(env, args, device)
-    try:
-        sizes = *env.observation_space.shape, *env.action_space.shape
-        buffer = agent.buffer = ReplayBuffer(args.buffer_size, *sizes)
-    except MemoryError as error:
-        fail(f"--buffer-size {args.buffer_size} is too large: {error}")
-    run_dir = open_run(args)
-    step, updates, evaluations, diverged = 0, 0, [], False
+def parse():
+    """Return the options of the command line; with --resume the others are those of the run."""
+    args = tyro.cli(Args)
     if args.resume:
-        step, updates, evaluations = load_run(run_dir, agent, generators)
-        evaluations = [e for e in evaluations if e[0] < args.total_steps]  # the last is made anew
-    describe_run(run_dir, args)
-    writer = SummaryWriter(run_dir, purge_step=step + 1 if args.resume else None)
-    writer.add_custom_scalars(PANELS)  # NORM report: the normalization panel comes first
-    if not args.resume:  # from now on a kill loses nothing that --resume cannot bring back
-        save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
-    print(f"run: {run_dir}", flush=True)
-
-    bar = tqdm(total=args.total_steps, initial=step, unit="step", smoothing=0.01, disable=None)
-    start_time, start_step, save_step = time.time(), step, step + args.save_every
-    obs, losses = None, {}  # an episode is to begin
-    while step < args.total_steps:
-        # act
-        if obs is None:
-            obs, _ = env.reset()
-            agent.obs_stat.push(obs)  # NORM obs: each observation of training counts once
-        if step < args.learning_starts:
-            action = env.action_space.sample()
-        else:
-            action = explore(agent, obs, env.action_space, rng, args)
-        # step
-        next_obs, reward, terminated, truncated, info = env.step(action)
-        agent.obs_stat.push(next_obs)  # NORM obs: those of evaluation and of the replay never do
-        step += 1
-        bar.update()
-        # store
-        buffer.add(obs, action, reward, next_obs, terminated)
-        obs = next_obs
-        # learn
-        diverged = math.isnan(reward)
-        if step > args.learning_starts and not diverged:
-            batch = buffer.sample(rng, args.batch_size)
-            batch = filter_batch(agent.obs_filter, batch)  # NORM obs: the replay stays raw
-            batch = Batch(*(torch.as_tensor(x, dtype=torch.float32, device=device) for x in batch))
-            updates += 1
-            losses |= update(agent, batch, args)
-            diverged = not all(map(math.isfinite, losses.values()))
-        # report
-        if diverged:
-            break
-        if updates and step % LOG_EVERY == 0:
-            writer.add_scalar("charts/SPS", (step - start_step) / (time.time() - start_time), step)
-            for name, value in losses.items():
-                writer.add_scalar(f"losses/{name}", value, step)
-            for name, value in norm_scalars(agent, batch).items():  # NORM report: changes nothing
-                writer.add_scalar(f"norm/{name}", value, step)  # NORM report: see norm_scalars
-        if args.eval_every and step % args.eval_every == 0 and step < args.total_steps:
-            evaluations.append(report_evaluation(agent, eval_env, args, step, writer, bar))
-            diverged = not np.isfinite(evaluations[-1]).all()
-            if diverged:
-                break
-        if terminated or truncated:
-            writer.add_scalar("charts/episodic_return", info["episode"]["r"], step)
-            writer.add_scalar("charts/episodic_length", info["episode"]["l"], step)
-            stopping = bool(stop)  # read once: a signal may come at any time
-            if step < args.total_steps and (step >= save_step or stopping):
-                diverged = not is_finite(agent)
-                if diverged:  # the checkpoint before stays
-                    break
-                save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
-                save_step = step + args.save_every
-            obs = None
-            if stopping:
-                break
-    if step >= args.total_steps and not diverged:
-        events = writer if step > start_step else None  # a finished run evaluated this step before
-        evaluations.append(report_evaluation(agent, eval_env, args, step, events, bar))
-        diverged = not (is_finite(agent) and np.isfinite(evaluations[-1]).all())
-    if diverged:
-        what = "a loss, a weight, an observation, a reward or a return is not finite"
-        print(f"diverged at step {step}: {what}", file=sys.stderr)
-    elif step < args.total_steps:
-        print(f"stopped at step {step}: --resume {run_dir} goes on")
-    else:
-        save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
-        report_warmup(agent)  # NORM report: of batchrenorm
-        print("final evaluation at step {}: return {:.1f} ± {:.1f}".format(*evaluations[-1]))
-    bar.close()
-    writer.close()
-    result = {"run_dir": str(run_dir), "eval": evaluations, "steps": step, "updates": updates}
-    result["diverged"] = diverged
-    if diverged or step >= args.total_steps:
-        write(run_dir / "result.json", lambda file: file.write(json.dumps(result).encode()))
-    print(f"files: {run_dir}\nlook:  tensorboard --logdir {run_dir}")
-    return result
+        path = Path(args.resume, "checkpoint.pt")
+        saved = torch.load(path, "cpu", mmap=True, weights_only=True)["args"]
+        saved |= {"resume": args.resume, "device": args.device}
+        args = tyro.cli(Args, default=Args(**{k: v for k, v in saved.items() if k in vars(args)}))
+    return args
 
 
 if __name__ == "__main__":
-    args = parse()
-    if args.resume:  # options not given again are those of the run
-        args = parse(default=saved_args(args.resume))
-    stop = []
-
-    def save_and_stop(number, frame):
-        os.write(2, b"saving as soon as possible, then stopping; again to stop at once\n")
-        signal.signal(number, signal.SIG_DFL)
-        stop.append(number)
-
-    signal.signal(signal.SIGINT, save_and_stop)
-    signal.signal(signal.SIGTERM, save_and_stop)
-    result = train(args, stop)
-    sys.exit(3 if result["diverged"] else 1 if result["steps"] < args.total_steps else 0)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
+    try:
+        result = train(parse())
+    except (OSError, ValueError, gym.error.Error) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        sys.exit(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})")
+    except KeyboardInterrupt:
+        sys.exit("stopped: --resume goes on from the last checkpoint")
+    sys.exit(3 if result["diverged"] else 0)

@@ -1,58 +1,55 @@
 """REINFORCE in one file (Williams 1992, Simple Statistical Gradient-Following Algorithms).
 
-Run:
-  python reinforce_bn.py --env CartPole-v1
-  python reinforce_bn.py --resume runs/CartPole-v1/reinforce_bn/RUN
-  python reinforce_bn.py --norm batchnorm  # NORM flag: acts by running statistics
-  python reinforce_bn.py --norm batchnorm --bn-rollout train  # NORM flag: by those of the moment
-  python reinforce_bn.py --norm batchnorm --bn-recalibrate 50  # NORM flag: repaired statistics
+python reinforce_bn.py --env CartPole-v1
+python reinforce_bn.py --norm batchnorm  # NORM flag: acts by running statistics, learns by others
+python reinforce_bn.py --norm batchnorm --bn-rollout train  # NORM flag: acts by the moment's
+python reinforce_bn.py --norm batchnorm --bn-recalibrate 50  # NORM flag: repaired statistics
+python reinforce_bn.py --resume runs/CartPole-v1/reinforce_bn/RUN
 
-Implementation details, sections and equations of the paper (Machine Learning 8, 229) unless said:
-  (1) Environments act in parallel until each has ended an episode; learning sees these episodes
-      only. An environment that is done plays on until the others are: those steps count, but no
-      gradient comes from them.
-  (2) A time-out is not a death: gamma V(s') is added to the last reward, s' being the true last
-      observation (Pardo et al. 2018, arXiv 1712.00378).
-  (3) Reward-to-go: an action answers for the rewards that follow it (Sutton et al. 2000), without
-      the factor gamma^t that a discounted objective would put before it, as is usual.
-  (4) Baseline: V(s) as it was when acting; afterwards --critic-steps gradient steps fit it to the
-      rewards-to-go (Spinning Up).
-  (5) One gradient step of the policy from all episodes; advantages standardized.
-  (6) Actor: ascends log pi(a|s) (reward-to-go - V(s)) (Theorem 2).
-  (7) Entropy bonus: off, since --entropy-coef is 0 (Williams and Peng 1991).
-  (8) Discrete actions: a categorical policy. Continuous: a Gaussian whose deviation, 0.5 at first
-      (Andrychowicz et al. 2021), does not depend on the state; actions scaled from [-1, 1] to the
-      environment's bounds and clipped there, but not in the log-probability.
-  (9) Orthogonal weights; small last layer of the actor (0.01), so at first states matter little.
-  (10) Adam with epsilon 1e-5; the policy's learning rate falls to zero linearly.
+Lines that bear the word NORM are where normalization enters, and say why.  # NORM flag: as here
+Without: sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' reinforce_bn.py > plain.py  # NORM flag: it
+
+Theorems are those of the paper (Machine Learning 8, 229). Details that it does not have:
+D1  A time-out is not a death: gamma V(s') is added to the last reward, s' being the true last
+    observation (Pardo et al., arXiv 1712.00378).
+D2  Advantages are standardized over all episodes.
+D3  Orthogonal weights; a small last layer of the actor (0.01), so at first states matter little;
+    first deviation 0.5, independent of the state (Andrychowicz et al., arXiv 2006.05990).
+D4  Continuous actions are scaled from [-1, 1] to the environment's bounds and clipped there, but
+    not in the log-probability.
+D5  Adam with epsilon 1e-5; the policy's learning rate falls to zero linearly.
+D6  Environments act in parallel until each has ended an episode. One that is done plays on until
+    the others are: those steps count, but no gradient comes from them.
+D7  Reward-to-go (Sutton et al. 2000) less a baseline V(s), as it was when acting; afterwards
+    --critic-steps gradient steps fit it (Spinning Up). The factor gamma^t is left out, as usual.
 """
 
-import contextlib
 import copy  # NORM report: diagnostics work on copies
-import io
 import itertools
 import json
 import math
-import os
+import re
 import signal
 import sys
 import time
+import traceback
 from collections import namedtuple
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F  # NORM layer: for batch renorm
 import tyro
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from zfilter import RunningStat, ZFilter  # NORM obs: the one file that the scripts share
+from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: all that the scripts share
 
 ACTIVATION = nn.ReLU  # of hidden layers
 torch.distributions.Distribution.set_default_validate_args(False)  # divergence is a result
@@ -63,26 +60,24 @@ torch.distributions.Distribution.set_default_validate_args(False)  # divergence 
 @dataclass
 class Args:
     env: str = "CartPole-v1"  # Gymnasium id of the environment
-    seed: int = 1  # seeds environments and torch
+    seed: int = 1  # of all random numbers
     total_steps: int = 500_000  # environment steps to train for
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
     eval_every: int = 20_000  # steps between evaluations; 0 for one at the end only
     eval_episodes: int = 10  # episodes of an evaluation, without noise, from the same starts
     run_dir: str = ""  # folder of the run; default: a new one in runs/<env>/<script>
     save_every: int = 50_000  # steps between checkpoints, which wait for the end of an iteration
-    resume: str = ""  # folder of a run to continue with its own options, or to a higher total_steps
+    resume: str = ""  # folder of a run to continue with its options, or to a higher total_steps
     # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
 
     # what normalizes: layers in the networks, or (zfilter, fixed) a filter on the observations
     norm: Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"] = "none"
-    # where layers stand: on the input, before or after each hidden activation; default: post
-    norm_position: tuple[Literal["input", "pre", "post"], ...] = ()
+    # where layers stand: on the input, before or after each hidden activation
+    norm_position: tuple[Literal["input", "pre", "post"], ...] = ("post",)
     norm_net: Literal["both", "actor", "critic"] = "both"  # which network has the layers
     norm_stats: str = ""  # fixed: the obs_stats.npz of an earlier run
-    # weight of the newest batch in the running statistics (torch's sense; TF and JAX: 1 - this)
-    bn_momentum: float = 0.1
-    # batchrenorm: a layer's first passes in train mode, which are batch norm (CrossQ: 100000)
-    bn_warmup: int = 100_000
+    bn_momentum: float = 0.1  # weight of the newest batch in running statistics (JAX: 1 - this)
+    bn_warmup: int = 100_000  # batchrenorm: passes in train mode that are plain batch norm (CrossQ)
     # acting uses the running statistics, or (train) those of all environments at that moment, which
     # also move the running ones
     bn_rollout: Literal["eval", "train"] = "eval"
@@ -90,20 +85,52 @@ class Args:
     # running ones; with both in eval mode nothing but --bn-recalibrate moves these, and a learnt
     # scale and shift remain
     bn_update: Literal["train", "eval"] = "train"
-    # passes in train mode over the last batch as a whole, without learning, before the final
-    # evaluation; statistics approach the batch's at the rate of --bn-momentum
-    bn_recalibrate: int = 0
+    bn_recalibrate: int = 0  # passes in train mode, without learning, before the final evaluation
     reward_norm: bool = False  # divide rewards by the running deviation of their discounted sums
     # NORM end
     network: Literal["linear", "mlp", "cnn"] = "mlp"  # cnn: a convolution, for observed images
-    num_envs: int = 16  # environments that act in parallel, episodes in a batch (1)
-    actor_lr: float = 1e-2  # Adam's learning rate, at the start (10)
+    num_envs: int = 16  # environments that act in parallel, episodes in a batch (D6)
+    actor_lr: float = 1e-2  # Adam's learning rate, at the start (D5)
     critic_lr: float = 1e-2  # Adam's learning rate
-    critic_steps: int = 20  # gradient steps of the baseline for one of the policy (4)
+    critic_steps: int = 20  # gradient steps of the baseline for one of the policy (D7)
     gamma: float = 0.99  # discount per step
-    entropy_coef: float = 0.0  # weight of the entropy bonus (7)
+    entropy_coef: float = 0.0  # weight of an entropy bonus (Williams and Peng 1991)
     hidden_sizes: tuple[int, ...] = (64,)  # width of each hidden layer
     max_grad_norm: float = 0.0  # longest gradient of a step; 0 for any length
+
+    def __post_init__(self):
+        """Raise ValueError, which tyro shows, for options that cannot work or change nothing."""
+        is_image = self.network == "cnn"
+        # NORM begin: flag: see below
+        is_batch = self.norm in ("batchnorm", "batchrenorm")
+        is_layer = is_batch or self.norm == "layernorm"
+        inputs = self.network != "linear" or self.norm_position == ("input",)
+        modes = self.bn_rollout, self.bn_update
+        # NORM end
+        needs = [  # options, what they need, whether it is there
+            ("device", "a GPU", self.device != "cuda" or torch.cuda.is_available()),
+            ("hidden_sizes", "hidden layers", self.network != "linear"),
+            # NORM begin: flag: an option that would change nothing is a mistake
+            ("norm_position norm_net", "a layer", is_layer),
+            ("bn_momentum bn_rollout bn_update bn_recalibrate", "batch norm", is_batch),
+            ("bn_momentum", "a pass in train mode", self.bn_recalibrate or "train" in modes),
+            ("bn_recalibrate", "it in the actor", self.norm_net != "critic"),
+            ("norm", "--norm-position input in a linear network", not is_layer or inputs),
+            (
+                "network",
+                "batch norm that knows images",
+                not (is_image and self.norm == "batchrenorm"),
+            ),
+            ("bn_warmup", "--norm batchrenorm", self.norm == "batchrenorm"),
+            ("num_envs", "2 or more for batch norm", self.num_envs > 1 or not is_batch),
+            ("norm_stats", "--norm fixed", self.norm == "fixed"),
+            ("norm", "--norm-stats if it is fixed", self.norm_stats or self.norm != "fixed"),
+            # NORM end
+        ]
+        for names, what, is_there in needs:
+            for name in names.split():
+                if getattr(self, name) != getattr(Args, name) and not is_there:
+                    raise ValueError(f"--{name.replace('_', '-')} needs {what}")
 
 
 # NORM begin: layer: what --norm builds, and where --norm-position puts it
@@ -113,13 +140,9 @@ class Args:
 class BatchRenorm(nn.BatchNorm1d):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with the constants of CrossQ.
 
-    Training: y = gamma (x_hat r + d) + beta, where x_hat is batch norm's and the constants
-    r = std_B / std and d = (mean_B - mean) / std lead to the running statistics: with r and d
-    unclipped, train and eval mode agree. r = 1 and d = 0, as in the warm-up, is batch norm, with
-    epsilon 1e-3 where torch's has 1e-5, and a biased running variance where torch's is not.
+    y = gamma (x_hat r + d) + beta, where x_hat is batch norm's, and the constants r = std_B / std
+    and d = (mean_B - mean) / std, if not clipped, make train mode what eval mode is.
     """
-
-    r_max, d_max = 3.0, 5.0
 
     def __init__(self, features, momentum, warmup):
         super().__init__(features, eps=1e-3, momentum=momentum)
@@ -132,39 +155,41 @@ class BatchRenorm(nn.BatchNorm1d):
             # the kernel behind batch_norm returns its statistics; torch.var_mean is far slower
             _, mean, rstd = torch.native_batch_norm(x, None, None, None, None, True, 0.0, self.eps)
             std = (self.running_var + self.eps).sqrt()
-            warm = self.num_batches_tracked >= self.warmup
-            r = (1 / (rstd * std)).clamp(1 / self.r_max, self.r_max).where(warm, 1.0)
-            d = ((mean - self.running_mean) / std).clamp(-self.d_max, self.d_max).where(warm, 0.0)
+            warmed_up = self.num_batches_tracked >= self.warmup  # before: r = 1, d = 0, batch norm
+            r = (1 / (rstd * std)).clamp(1 / 3, 3).where(warmed_up, 1.0)
+            d = ((mean - self.running_mean) / std).clamp(-5, 5).where(warmed_up, 0.0)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(rstd**-2 - self.eps, self.momentum)
             self.num_batches_tracked += 1
         gamma, beta = self.weight * r, self.weight * d + self.bias
-        return nn.functional.batch_norm(x, None, None, gamma, beta, True, 0.0, self.eps)
+        return F.batch_norm(x, None, None, gamma, beta, True, 0.0, self.eps)
 
 
-def norm_layer(weight, args, features=None):
-    """Return a layer that normalizes what the layer with this weight puts out, or `features`."""
-    features, is_image = features or weight.shape[0], weight.dim() == 4
+def norm_layer(layer, args, features=None):
+    """Return the layer of --norm for what this layer puts out, or for so many features."""
+    features, is_image = features or layer.weight.shape[0], isinstance(layer, nn.Conv2d)
+    if args.norm == "layernorm":
+        return nn.GroupNorm(1, features) if is_image else nn.LayerNorm(features)
     if args.norm == "batchnorm":
         kind = nn.BatchNorm2d if is_image else nn.BatchNorm1d
         return kind(features, momentum=args.bn_momentum)
-    if args.norm == "batchrenorm":
-        return BatchRenorm(features, args.bn_momentum, args.bn_warmup)
-    return nn.GroupNorm(1, features) if is_image else nn.LayerNorm(features)
+    return BatchRenorm(features, args.bn_momentum, args.bn_warmup)
 
 
 def add_norm(net, name, args):
-    """Return the layers of net with normalization layers at --norm-position, if it has any."""
+    """Return the layers of net with those of --norm at --norm-position, if it has any."""
     if args.norm in ("none", "zfilter", "fixed") or args.norm_net not in ("both", name):
         return net
-    weight, position = net[0].weight, args.norm_position or ("post",)
-    layers = [norm_layer(weight, args, weight.shape[1])] if "input" in position else []
+    last, layers = net[0], []
+    if "input" in args.norm_position:
+        layers += [norm_layer(last, args, last.weight.shape[1])]
     for layer in net:
-        weight = getattr(layer, "weight", weight)
-        is_hidden = isinstance(layer, ACTIVATION)
-        layers += [norm_layer(weight, args)] if is_hidden and "pre" in position else []
+        last = layer if hasattr(layer, "weight") else last
+        if isinstance(layer, ACTIVATION) and "pre" in args.norm_position:
+            layers += [norm_layer(last, args)]
         layers += [layer]
-        layers += [norm_layer(weight, args)] if is_hidden and "post" in position else []
+        if isinstance(layer, ACTIVATION) and "post" in args.norm_position:
+            layers += [norm_layer(last, args)]
     return nn.Sequential(*layers)
 
 
@@ -172,21 +197,18 @@ def add_norm(net, name, args):
 # --------------------------------------------------------------------------------------- Networks
 
 
-def hidden_layers(*sizes):
-    """Return linear layers, each activated, that lead from sizes[0] features to sizes[-1]."""
-    pairs = itertools.pairwise(sizes)
-    return [layer for pair in pairs for layer in (nn.Linear(*pair), ACTIVATION())]
-
-
-def make_net(obs_shape, outputs, gain, args):
-    """Return --network; weights are orthogonal, those of the last layer scaled by gain (9)."""
-    layers, sizes = [], (math.prod(obs_shape), *args.hidden_sizes)
-    if args.network == "linear":
-        sizes = sizes[:1]
+def make_net(gain, obs_shape, outputs, args):
+    """Return --network; weights are orthogonal, those of the last layer scaled by gain (D3)."""
+    layers, sizes = [], [math.prod(obs_shape)]
     if args.network == "cnn":
-        layers = [nn.Conv2d(obs_shape[0], 16, 3), ACTIVATION(), nn.Flatten()]
-        sizes = 16 * (obs_shape[1] - 2) * (obs_shape[2] - 2), *sizes[1:]
-    layers += [*hidden_layers(*sizes), nn.Linear(sizes[-1], outputs)]
+        channels, height, width = obs_shape
+        layers = [nn.Conv2d(channels, 16, 3), ACTIVATION(), nn.Flatten()]
+        sizes = [16 * (height - 2) * (width - 2)]
+    if args.network != "linear":
+        sizes += args.hidden_sizes
+    for size, next_size in itertools.pairwise(sizes):
+        layers += [nn.Linear(size, next_size), ACTIVATION()]
+    layers += [nn.Linear(sizes[-1], outputs)]
     for layer in layers:
         if hasattr(layer, "weight"):
             nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else math.sqrt(2))
@@ -195,16 +217,16 @@ def make_net(obs_shape, outputs, gain, args):
 
 
 class Actor(nn.Module):
-    """pi(a|s): observations (n, *obs_shape) to n distributions over actions (8)."""
+    """pi(a|s): observations (n, *obs_shape) to n distributions over actions."""
 
     def __init__(self, obs_shape, action_space, args):
         super().__init__()
         self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
         outputs = int(action_space.n) if self.is_discrete else action_space.shape[0]
-        self.net = make_net(obs_shape, outputs, 0.01, args)
+        self.net = make_net(0.01, obs_shape, outputs, args)
         self.net = add_norm(self.net, "actor", args)  # NORM layer: on s
         if not self.is_discrete:
-            self.log_std = nn.Parameter(torch.full((outputs,), math.log(0.5)))  # (8)
+            self.log_std = nn.Parameter(torch.full((outputs,), math.log(0.5)))  # D3
 
     def forward(self, obs):
         outputs = self.net(obs)
@@ -219,67 +241,15 @@ class Critic(nn.Module):
 
     def __init__(self, obs_shape, args):
         super().__init__()
-        self.net = make_net(obs_shape, 1, 1.0, args)
+        self.net = make_net(1.0, obs_shape, 1, args)
         self.net = add_norm(self.net, "critic", args)  # NORM layer: on s
 
     def forward(self, obs):
         return self.net(obs).squeeze(1)
 
 
-def make_agent(envs, args, device):
-    """Return networks and their optimizers."""
-    obs_shape = envs.single_observation_space.shape
-    actor = Actor(obs_shape, envs.single_action_space, args).to(device)
-    critic = Critic(obs_shape, args).to(device)
-    agent = SimpleNamespace(actor=actor, critic=critic, device=device, env=args.env)
-    agent.actor_optimizer = Adam(actor.parameters(), args.actor_lr, eps=1e-5, fused=True)
-    agent.critic_optimizer = Adam(critic.parameters(), args.critic_lr, eps=1e-5, fused=True)
-    agent.obs_stat = RunningStat(obs_shape)  # NORM obs: every run counts the states it meets
-    agent.obs_filter = make_filter(agent.obs_stat, args)  # NORM obs: for most --norm the identity
-    agent.reward_scale = RewardScale(args)  # NORM reward: for --reward-norm
-    agent.reward_stat = agent.reward_scale.stat  # NORM reward: which the checkpoint keeps
-    return agent
+# ------------------------------------------------------------------------------- Losses and update
 
-
-# ------------------------------------------------------------------------------------------- Data
-
-
-# NORM begin: obs: what stands between an observation and the networks
-def make_filter(obs_stat, args):
-    """Return the filter of --norm: zfilter learns with obs_stat, fixed never; else the identity."""
-    active = args.norm in ("zfilter", "fixed")
-    obs_filter = ZFilter(obs_stat.mean.shape, active, active, 10.0 if active else None)
-    if args.norm == "zfilter":
-        obs_filter.stat = obs_stat
-    if args.norm == "fixed" and not args.resume:
-        try:
-            obs_filter.stat.load(args.norm_stats, env=args.env)
-        except Exception as error:
-            fail(f"--norm-stats {args.norm_stats}: no statistics for --env {args.env} ({error})")
-    return obs_filter
-
-
-# NORM end
-# NORM begin: reward: rewards are scaled, never shifted, which would change what is optimal
-class RewardScale:
-    """Divides rewards by the running deviation of their discounted sums, and clips at 10 of these.
-
-    Source: VecNormalize of OpenAI baselines.
-    """
-
-    def __init__(self, args):
-        self.stat, self.gamma = RunningStat(()), args.gamma
-        self.sums = np.zeros(args.num_envs)  # of each environment, since its episode began
-
-    def __call__(self, reward, done):
-        """Return rewards (n,) scaled, and learn from them; done, (n,), says whose episode ends."""
-        self.sums = self.gamma * self.sums + reward
-        self.stat.push(self.sums)
-        self.sums[done] = 0
-        return np.clip(reward / (self.stat.std + 1e-8), -10, 10)
-
-
-# NORM end
 # What n environments met at one step: obs (n, *obs_shape), action (n, ...), the others (n,).
 # Stacked, with an axis of time before that of the environments. playing: the first episode.
 Rollout = namedtuple("Rollout", "obs action value reward done playing")
@@ -288,7 +258,55 @@ Rollout = namedtuple("Rollout", "obs action value reward done playing")
 Batch = namedtuple("Batch", "obs action advantage returns")
 
 
-# ----------------------------------------------------------------------------- Losses and updates
+def reward_to_go(reward, done, gamma):
+    """Return discounted sums (T, n) of rewards (T, n), from each step to its episode's end (D7)."""
+    returns, after = torch.empty_like(reward), 0.0
+    for t in reversed(range(len(reward))):
+        returns[t] = after = reward[t] + gamma * (1 - done[t]) * after
+    return returns
+
+
+def make_batch(rollout, args):
+    """Return the Batch of the first episodes in a rollout (D6)."""
+    returns = reward_to_go(rollout.reward, rollout.done, args.gamma)
+    parts = rollout.obs, rollout.action, returns - rollout.value, returns
+    return Batch(*(x[rollout.playing.bool()] for x in parts))
+
+
+def policy_loss(log_prob, advantage):
+    """Return the mean of -log pi(a|s) A (Theorem 2)."""
+    if len(advantage) > 1:  # one sample has no deviation
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)  # D2
+    return -(log_prob * advantage).mean()
+
+
+def gradient_step(optimizer, loss, max_grad_norm):
+    """Descend the loss, by a gradient no longer than max_grad_norm unless that is 0."""
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    loss.backward()
+    if max_grad_norm:
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer.step()
+
+
+def update(agent, batch, args):
+    """Learn from a rollout; return losses by name, and the gradient steps taken."""
+    agent.actor.train(args.bn_update == "train")  # NORM mode: --bn-update
+    agent.critic.train(args.bn_update == "train")  # NORM mode: --bn-update
+    policy = agent.actor(batch.obs)
+    log_prob = policy.log_prob(batch.action)
+    loss_pi, entropy = policy_loss(log_prob, batch.advantage), policy.entropy().mean()
+    gradient_step(agent.actor_optimizer, loss_pi - args.entropy_coef * entropy, args.max_grad_norm)
+    for _ in range(args.critic_steps):
+        loss_v = (agent.critic(batch.obs) - batch.returns).square().mean()
+        gradient_step(agent.critic_optimizer, loss_v, args.max_grad_norm)
+    losses = {"losses/policy": loss_pi, "losses/critic": loss_v, "losses/entropy": entropy}
+    losses["log_prob"] = log_prob.detach()  # NORM report: for first_ratio
+    return losses, 1 + args.critic_steps
+
+
+# ------------------------------------------------------------------------------ Acting and memory
 
 
 def as_input(agent, obs):
@@ -322,63 +340,142 @@ def state_value(agent, obs, args):
     return agent.critic(as_input(agent, obs))
 
 
-def reward_to_go(reward, done, gamma):
-    """Return discounted sums (T, n) of rewards (T, n), from each step to its episode's end (3)."""
-    returns, after = torch.empty_like(reward), 0.0
-    for t in reversed(range(len(reward))):
-        returns[t] = after = reward[t] + gamma * (1 - done[t]) * after
-    return returns
+# ------------------------------------------------------------------------------------------ Train
 
 
-def make_batch(rollout, args):
-    """Return the Batch of the first episodes in a rollout."""
-    returns = reward_to_go(rollout.reward, rollout.done, args.gamma)
-    parts = rollout.obs, rollout.action, returns - rollout.value, returns
-    return Batch(*(x[rollout.playing.bool()] for x in parts))
+def make_env(args):
+    """Return one environment; it observes float32 vectors, and acts in [-1, 1] or discretely."""
+    env = gym.make(args.env)
+    space = env.action_space
+    if isinstance(space, gym.spaces.Box) and space.is_bounded():
+        low, high = space.low, space.high
+        box = gym.spaces.Box(-1, 1, low.shape)
+
+        def to_bounds(action):
+            return np.clip((low + high + action * (high - low)) / 2, low, high)  # D4
+
+        env = gym.wrappers.TransformAction(env, to_bounds, box)
+    elif not isinstance(space, gym.spaces.Discrete):
+        raise ValueError(f"--env {args.env} acts in {space}: choose discrete or bounded actions")
+    if args.network == "cnn":
+        height, width, channels = env.observation_space.shape
+        box = gym.spaces.Box(-np.inf, np.inf, (channels, height, width))
+        env = gym.wrappers.TransformObservation(env, lambda x: np.moveaxis(x, -1, 0).copy(), box)
+    else:
+        env = gym.wrappers.FlattenObservation(env)
+    env = gym.wrappers.DtypeObservation(env, np.float32)
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
-def policy_loss(log_prob, batch):
-    """Return the mean of -log pi(a|s) A, A being the standardized advantage (6)."""
-    a = batch.advantage
-    if len(a) > 1:  # one sample has no deviation
-        a = (a - a.mean()) / (a.std() + 1e-8)  # (5)
-    return -(log_prob * a).mean()
+def make_envs(args, n):
+    """Return n environments that step together; each is reset by a mask when its episode ends."""
+    mode = gym.vector.AutoresetMode.DISABLED  # so a step returns the true last observation
+    return gym.vector.SyncVectorEnv([lambda: make_env(args)] * n, autoreset_mode=mode)
 
 
-def gradient_step(optimizer, loss, max_grad_norm):
-    """Descend the loss, by a gradient no longer than max_grad_norm unless that is 0."""
-    optimizer.zero_grad()
-    loss.backward()
-    if max_grad_norm:
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
-    optimizer.step()
+def make_agent(envs, args, device):
+    """Return networks and their optimizers."""
+    obs_shape = envs.single_observation_space.shape
+    agent = SimpleNamespace(device=device)
+    agent.actor = Actor(obs_shape, envs.single_action_space, args).to(device)
+    agent.critic = Critic(obs_shape, args).to(device)
+    agent.actor_optimizer = Adam(agent.actor.parameters(), args.actor_lr, eps=1e-5, fused=True)
+    agent.critic_optimizer = Adam(agent.critic.parameters(), args.critic_lr, eps=1e-5, fused=True)
+    # NORM begin: obs: what stands between an observation and the networks
+    agent.obs_stat = RunningStat(obs_shape)  # of all states that training meets
+    agent.obs_filter = ZFilter(obs_shape, demean=False, destd=False, clip=None)  # the identity
+    if args.norm == "zfilter":
+        agent.obs_filter = ZFilter(obs_shape, stat=agent.obs_stat)  # which learns
+    if args.norm == "fixed":
+        agent.obs_filter = ZFilter(obs_shape)  # which never does
+        if not args.resume:  # a checkpoint holds the statistics, too
+            agent.obs_filter.stat.load(args.norm_stats, env=args.env)
+    # NORM end
+    agent.reward_scale = RewardScale(args.num_envs, args.gamma)  # NORM reward: for --reward-norm
+    return agent
 
 
-def update(agent, batch, args):
-    """Learn from a rollout; return losses and the gradient steps taken."""
-    agent.actor.train(args.bn_update == "train")  # NORM mode: --bn-update
-    agent.critic.train(args.bn_update == "train")  # NORM mode: --bn-update
-    policy = agent.actor(batch.obs)
-    log_prob = policy.log_prob(batch.action)
-    loss_pi = policy_loss(log_prob, batch)
-    entropy = policy.entropy().mean()
-    loss = loss_pi - args.entropy_coef * entropy  # (7)
-    gradient_step(agent.actor_optimizer, loss, args.max_grad_norm)
-    for _ in range(args.critic_steps):
-        loss_v = (agent.critic(batch.obs) - batch.returns).square().mean()  # (4)
-        gradient_step(agent.critic_optimizer, loss_v, args.max_grad_norm)
-    losses = {"policy": loss_pi.detach(), "critic": loss_v.detach(), "entropy": entropy.detach()}
-    losses["log_prob"] = log_prob.detach()  # NORM report: for first_ratio
-    return losses, 1 + args.critic_steps
+def train(args):
+    """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    torch.manual_seed(args.seed)
+    envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes)
+    envs.reset(seed=args.seed)
+    agent = make_agent(envs, args, device)
+    run = Run(args, agent, [env.unwrapped.np_random for env in envs.envs])
+    try:
+        while run.step < args.total_steps:
+            before, steps, returns = run.step, [], []
+            rate = args.actor_lr * (1 - run.step / args.total_steps)  # D5
+            agent.actor_optimizer.param_groups[0]["lr"] = rate
+            obs, _ = envs.reset()
+            agent.obs_stat.push(obs)  # NORM obs: each observation of training counts once
+            agent.reward_scale.sums[:] = 0  # NORM reward: of episodes that begin
+            playing = np.ones(args.num_envs, bool)
+            log_probs = []  # NORM report: of acting
+            while playing.any():
+                # act
+                seen, policy, value = explore(agent, obs, args)
+                action = policy.sample()
+                # step
+                next_obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
+                if not np.isfinite([*reward, *next_obs.flat]).all():
+                    raise FloatingPointError("an observation or reward is not finite")
+                agent.obs_stat.push(next_obs)  # NORM obs: in evaluation none does
+                done = terminated | truncated
+                run.step += args.num_envs
+                if args.reward_norm:  # NORM reward: --reward-norm
+                    agent.reward_scale.learn(reward, done)  # NORM reward: before it is used
+                    reward = agent.reward_scale(reward)  # NORM reward: what is learnt from
+                # store
+                timed_out = truncated & ~terminated
+                if timed_out.any():
+                    after = state_value(agent, next_obs, args).cpu().numpy()
+                    reward = reward + args.gamma * timed_out * after  # D1
+                arrays = torch.as_tensor(np.float32([reward, done, playing]), device=device)
+                steps.append(Rollout(seen, action, value, *arrays))
+                log_probs.append(policy.log_prob(action))  # NORM report: for first_ratio
+                if done.any():
+                    ended = np.flatnonzero(playing & done)
+                    returns += [envs.envs[k].return_queue[-1] for k in ended]
+                    playing &= ~done
+                    next_obs, _ = envs.reset(options={"reset_mask": done})
+                    agent.obs_stat.push(next_obs[done])  # NORM obs: an episode's first one, too
+                obs = next_obs
+            # learn
+            rollout = Rollout(*map(torch.stack, zip(*steps, strict=True)))
+            batch = make_batch(rollout, args)
+            losses, taken = update(agent, batch, args)
+            run.updates += taken
+            # report
+            # NORM begin: report: max |pi(a|s) / pi_old(a|s) - 1|, before the gradient
+            # No weight had changed yet: what differs from 1 is the mode, or the batch's statistics.
+            log_ratio = losses.pop("log_prob") - torch.stack(log_probs)[rollout.playing.bool()]
+            losses["norm/first_ratio"] = (log_ratio.exp() - 1).abs().max()
+            run.log(norm_scalars(agent, batch))
+            # NORM end
+            run.log(losses | {"charts/episodic_return": np.mean(returns)})
+            due = args.eval_every and run.step // args.eval_every > before // args.eval_every
+            if due and run.step < args.total_steps:
+                run.evaluate(*evaluate(agent, eval_envs, args))
+            if run.step // args.save_every > run.saved // args.save_every:
+                run.save()
+        if args.norm in ("batchnorm", "batchrenorm"):  # NORM report: what its two modes make of it
+            run.log(returns_by_mode(agent, args, batch))  # NORM report: and recalibrates
+        run.evaluate(*evaluate(agent, eval_envs, args))
+        run.save()
+    except FloatingPointError as error:
+        return run.finish(f"diverged at step {run.step}: {error}")
+    return run.finish()
 
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
 
 
-def evaluate(agent, envs):
-    """Play an episode in each environment, from the same starts at every call, and learn nothing.
+def evaluate(agent, envs, args):
+    """Play an episode in each environment, from the same starts each time, and learn nothing.
 
-    Returns the sums of rewards, (n,).
+    Returns the return of each episode, (n,), and {name: value} to report beside them.
     """
     obs, _ = envs.reset(seed=1_000_000)
     returns, playing = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
@@ -389,87 +486,52 @@ def evaluate(agent, envs):
         playing &= ~done
         if done.any():
             obs, _ = envs.reset(options={"reset_mask": done})
-    return returns
+    return returns, {}
 
 
 # NORM begin: report: what normalization does to a run, made visible
-PANELS = {
-    "Normalization": {
-        "lag of running statistics": ["Multiline", ["norm/stat_lag"]],
-        "gap between train and eval mode": ["Multiline", ["norm/train_eval_gap_.*"]],
-        "first |ratio - 1|": ["Multiline", ["norm/first_ratio"]],
-        "distance of acting from learning": ["Multiline", ["norm/moment_gap"]],
-        "saturation and dead units": ["Multiline", ["norm/saturation", "norm/dead_units"]],
-        "return by mode": ["Multiline", ["norm/return_.*_mode"]],
-    },
-    "Learning": {"return": ["Multiline", ["eval/return$", "charts/episodic_return"]]},
-}
+SCALARS = "norm/first_ratio", "norm/stat_lag"
 
 
 @torch.no_grad()
-def probe(net, *inputs):
-    """Run a copy of net on one batch. Returns three things:
-
-    mean |train-mode output - eval-mode output|, in the output's units;
-    for each batch norm, running mean and deviation before the pass, and the batch's own;
-    for each layer of ReLUs, the share that no sample activates (these two in train mode).
-    """
-    net, found, dead = copy.deepcopy(net), [], []
-
-    def keep(layer, inputs):
-        x = inputs[0].movedim(1, -1).flatten(0, -2)  # an image counts as many samples
-        var, mean = torch.var_mean(x, 0, correction=0)
-        old_std, std = ((v + layer.eps).sqrt() for v in (layer.running_var, var))
-        found.append((layer.running_mean.clone(), old_std, mean, std))
-
-    def count_dead(layer, inputs, output):
-        dead.append((output <= 0).all(0).float().mean().item())
-
-    eval_output = net.eval()(*inputs)
-    for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            layer.register_forward_pre_hook(keep)
-        if isinstance(layer, nn.ReLU):
-            layer.register_forward_hook(count_dead)
-    return (net.train()(*inputs) - eval_output).abs().mean().item(), found, dead
-
-
-def moment_gap(net, moments, obs):
-    """Return how far apart the statistics of acting and of learning are, both in train mode:
-
-    |mean of the environments at a moment - mean of the batch obs| / deviation of the batch, mean
-    over features, layers and moments, (T, n, *obs_shape). Chance alone makes it 0.8 / sqrt(n).
-    """
-    learnt, gaps = probe(net, obs)[1], []
-    for moment in moments:
-        for (*_, acted, _), (*_, mean, std) in zip(probe(net, moment)[1], learnt, strict=True):
-            gaps.append(((acted - mean).abs() / std).mean().item())
-    return np.mean(gaps)
+def stat_lags(net, *inputs):
+    """Return for each batch norm the mean over features of |running mean - batch mean| / std."""
+    fresh, lags = copy.deepcopy(net).train(), []
+    for layer in fresh.modules():
+        layer.momentum = 1.0  # a pass makes running statistics those of its batch
+    fresh(*inputs)
+    for old, new in zip(net.modules(), fresh.modules(), strict=True):
+        if hasattr(old, "running_mean"):
+            std = (new.running_var + new.eps).sqrt()
+            lags.append(((old.running_mean - new.running_mean).abs() / std).mean())
+    return lags
 
 
 @torch.no_grad()
-def norm_scalars(agent, rollout, obs):
-    """Return {name: value} of the normalization panel, from the last rollout, obs a part of it:
+def norm_scalars(agent, batch):
+    """Return {name: value} about the last update; stat_lag: see `stat_lags`, mean over layers."""
+    lags = stat_lags(agent.actor.net, batch.obs) + stat_lags(agent.critic, batch.obs)
+    return {"norm/stat_lag": torch.stack(lags).mean()} if lags else {}
 
-    train_eval_gap_policy, _v and dead_units: see `probe`, means over layers.
-    stat_lag: |running mean - batch mean| / batch deviation, mean over features, then layers.
-    moment_gap: see there; of the actor, whether or not it acted in train mode.
-    saturation: share of the components of the mean action in the outer 1 % or beyond a bound.
+
+@torch.no_grad()
+def returns_by_mode(agent, args, batch):
+    """Return {name: value}: the policy's return in eval mode, in train mode, and recalibrated.
+
+    Recalibration stays. All in --num-envs environments, as in training.
     """
-    gap_policy, found, dead = probe(agent.actor.net, obs)
-    gap_v, more, more_dead = probe(agent.critic.net, obs)
-    scalars = {"train_eval_gap_policy": gap_policy, "train_eval_gap_v": gap_v}
-    lags = [((old - mean).abs() / std).mean().item() for old, _, mean, std in found + more]
-    if lags:
-        scalars["stat_lag"] = np.mean(lags)
-    if dead + more_dead:
-        scalars["dead_units"] = np.mean(dead + more_dead)
-    if found:
-        moments = rollout.obs[:: len(rollout.obs) // 8 + 1]
-        scalars["moment_gap"] = moment_gap(agent.actor.net, moments, obs)
-    if not agent.actor.is_discrete:
-        action = agent.actor.eval()(obs).mode
-        scalars["saturation"] = (action.abs() > 0.98).float().mean().item()
+    if args.norm_net == "critic":
+        return {}  # the policy has no modes
+    envs, actor, scalars = make_envs(args, args.num_envs), agent.actor, {}
+    scalars["norm/return_eval_mode"] = np.mean(evaluate(agent, envs, args)[0])
+    agent.actor = InTrainMode(actor)
+    scalars["norm/return_train_mode"] = np.mean(evaluate(agent, envs, args)[0])
+    agent.actor = actor
+    for _ in range(args.bn_recalibrate):
+        agent.actor.train()(batch.obs)
+        agent.critic.train()(batch.obs)
+    if args.bn_recalibrate:
+        scalars["norm/return_recalibrated_mode"] = np.mean(evaluate(agent, envs, args)[0])
     return scalars
 
 
@@ -484,458 +546,120 @@ class InTrainMode(nn.Module):
         return copy.deepcopy(self.actor).train()(obs)
 
 
-@torch.no_grad()
-def recalibrate(agent, obs, passes):
-    """Move the running statistics of actor and critic by passes over obs, without learning."""
-    for _ in range(passes):
-        for net in (agent.actor, agent.critic):
-            net.train()(obs)
-
-
-def report_warmup(agent):
-    """Say so if layers of batch renormalization never left their warm-up."""
-    modules = *agent.actor.modules(), *agent.critic.modules()
-    layers = [layer for layer in modules if isinstance(layer, BatchRenorm)]
-    warming = sum(0 < int(layer.num_batches_tracked) <= layer.warmup for layer in layers)
-    if warming:
-        print(f"{warming} of {len(layers)} layers were batch norm to the end: lower --bn-warmup")
-
-
 # NORM end
-# ------------------------------------------------------------------------------------- Checkpoint
-
-PARTS = "actor", "critic", "actor_optimizer", "critic_optimizer"
-PARTS += "obs_stat", "obs_filter", "reward_stat"  # NORM save: a policy needs its statistics
+# --------------------------------------------------------------------------------- Files of a run
 
 
 def write(path, save):
-    """Let save(file) fill a new file, then move it into place: a kill leaves the old or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            save(file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        with contextlib.suppress(OSError):  # a read-only disk refuses this, too
-            temporary.unlink()
-        sys.exit(f"{path} is not written, what stood there stands: {error}")
+    """Let save fill a new file, then move it to path: a kill leaves the old one or the new."""
+    new = path.with_name(f"new-{path.name}")
+    save(new)
+    new.replace(path)
 
 
-def save_run(run_dir, agent, generators, progress, writer):
-    """Write all that a run needs to go on as if it had never stopped."""
-    state = {part: getattr(agent, part).state_dict() for part in PARTS}
-    cuda = [torch.cuda.get_rng_state()] if agent.device == "cuda" else []
-    state |= {"env": agent.env, "progress": progress, "torch": torch.get_rng_state(), "cuda": cuda}
-    state["generators"] = [generator.bit_generator.state for generator in generators]
-    # NORM begin: save: for people, and for --norm fixed
-    write(run_dir / "obs_stats.npz", lambda file: agent.obs_stat.save(file, env=agent.env))
-    # NORM end
-    # events first, since a resumed run writes only those that follow
-    write(run_dir / "checkpoint.pt", lambda file: (writer.flush(), torch.save(state, file)))
+class Run:
+    """The files of a run, and its progress; it knows nothing of algorithms."""
 
-
-def load_run(run_dir, agent, generators):
-    """Restore what `save_run` wrote and return its progress; nothing in the file is executed."""
-    try:
-        state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if state["env"] != agent.env:
-            raise ValueError(f"it is of {state['env']}")
-        for part in PARTS:
-            getattr(agent, part).load_state_dict(state[part])
-        torch.set_rng_state(state["torch"])
-        torch.cuda.set_rng_state_all(state["cuda"])
-        for generator, saved in zip(generators, state["generators"], strict=True):
-            generator.bit_generator.state = saved
-        step, updates, evaluations = state["progress"]
-    except Exception as error:
-        fail(f"--resume {run_dir}: no checkpoint.pt that fits ({error!r:.200})")
-    return step, updates, evaluations
-
-
-def saved_args(run_dir):
-    """Return the options of the run in run_dir; end with one line if it is no run of ours."""
-    try:
-        saved = json.loads((Path(run_dir) / "args.json").read_text())["args"]
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        args = Args(**saved | {"resume": str(run_dir)})
-        check(replace(args, device="cpu"))
-        return args
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        fail(f"--resume {run_dir}: no run of {Path(__file__).name} ({error})")
-
-
-def make_run_dir(args):
-    """Make and return the folder of a new run; no two runs get the same."""
-    name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    # NORM begin: flag: the name of a run says how it is normalized
-    changed = changed_norm_options(replace(args, norm_stats=""))
-    words = [f"{k}={'+'.join(v) if k == 'norm_position' else v}" for k, v in changed.items()]
-    name = "-".join([args.norm, *words, name])
-    # NORM end
-    run_dir = Path(args.run_dir or Path("runs") / args.env / Path(__file__).stem / name)
-    for k in itertools.count(2):
-        try:
-            run_dir.mkdir(parents=True)
-            return run_dir
-        except OSError as error:
-            if args.run_dir or not os.path.isdir(run_dir):  # False where it may not look
-                fail(f"--run-dir {run_dir} cannot be made ({error.strerror}): choose another one")
-        run_dir = run_dir.with_name(f"{name}-{k}")
-
-
-def open_run(args):
-    """Return the folder of a new run, or of the one to resume if its options are the same."""
-    if not args.resume:
-        return make_run_dir(args)
-    saved = asdict(saved_args(args.resume))
-    free = "total_steps", "eval_every", "eval_episodes", "save_every", "device"
-    for name, value in asdict(args).items():
-        if value != saved[name] and name not in free:
-            fail(f"--{name.replace('_', '-')} cannot change when a run resumes: leave it out")
-    if args.total_steps < saved["total_steps"]:
-        fail(f"--total-steps {args.total_steps} is less than the run's {saved['total_steps']}")
-    return Path(args.resume)
-
-
-def describe_run(run_dir, args):
-    """Write args.json, with options and versions; the run is not finished, so has no result."""
-    names = "torch", "gymnasium", "mujoco", "numpy"  # mujoco only where the environment uses it
-    about = {"script": Path(__file__).stem, "args": asdict(replace(args, resume=""))}
-    about["versions"] = {x: sys.modules[x].__version__ for x in names if x in sys.modules}
-    text, old = json.dumps(about, indent=2), run_dir / "result.json"
-    write(run_dir / "args.json", lambda file: (old.unlink(True), file.write(text.encode())))
-
-
-# ------------------------------------------------------------------------------------- Command line
-
-LIMITS = (  # lowest and highest value of options
-    (0, 2**32 - 1, "seed"),
-    (0, 10**12, "eval_every"),
-    (1, 10**12, "total_steps save_every"),
-    (1, 10**4, "eval_episodes num_envs critic_steps hidden_sizes"),
-    (0, 1, "actor_lr critic_lr gamma"),
-    (0, 1e6, "entropy_coef max_grad_norm"),
-    (0, 1, "bn_momentum"),  # NORM flag: a weight
-    (0, 10**12, "bn_warmup bn_recalibrate"),  # NORM flag: counts
-)
-
-
-def fail(message):
-    """End with exit code 2 and one line that says what to do."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse(**default):
-    """Return the options of the command line; of tyro's box about a mistake print one line."""
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) as box:
-            return tyro.cli(Args, **default)
-    except SystemExit as end:
-        if not end.code:  # --help
-            raise
-        rows = (row[1:-1].strip() for row in box.getvalue().splitlines()[1:])  # without the frame
-        fail(" ".join(row for row in rows if row.strip("─-")))
-
-
-# NORM begin: flag: what was asked for beyond --norm
-def changed_norm_options(args):
-    """Return {name: value} of the options of normalization that are not at their defaults."""
-    names = [k for k in vars(args) if k.startswith(("norm_", "bn_", "reward_norm"))]
-    return {k: getattr(args, k) for k in names if getattr(args, k) != getattr(Args, k)}
-
-
-# NORM end
-def check(args):
-    """End with one line if an option is out of range or options make no sense together."""
-    for name, kind in Args.__annotations__.items():
-        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind  # NORM flag: norm_position
-        for value in np.atleast_1d(getattr(args, name)) if get_origin(kind) is Literal else ():
-            if value not in get_args(kind):
-                fail(f"--{name.replace('_', '-')} {value}: choose from {get_args(kind)}")
-    for low, high, names in LIMITS:
-        for name in names.split():
-            if not all(low <= value <= high for value in np.atleast_1d(getattr(args, name))):
-                fail(f"--{name.replace('_', '-')} is out of range: choose from {low} to {high}")
-    if not args.hidden_sizes:
-        fail("--hidden-sizes needs at least one width")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda finds no GPU: use --device cpu")
-    if args.network == "linear" and args.hidden_sizes != Args.hidden_sizes:
-        fail("--hidden-sizes needs hidden layers: drop --network linear")
-    # NORM begin: flag: a switch that could change nothing is a mistake
-    is_batch, changed = args.norm.startswith("batch"), changed_norm_options(args)
-    nothing_moves = args.bn_rollout == args.bn_update == "eval" and not args.bn_recalibrate
-    if len(set(args.norm_position)) < len(args.norm_position):
-        fail("--norm-position names a place twice: name it once")
-    if "bn_warmup" in changed and args.norm != "batchrenorm":
-        fail("--bn-warmup needs --norm batchrenorm")
-    for name in changed:
-        option = "--" + name.replace("_", "-")
-        if name.startswith("bn_") and not is_batch:
-            fail(f"{option} needs --norm batchnorm or batchrenorm, not {args.norm}")
-        if name in ("norm_position", "norm_net") and args.norm in ("none", "zfilter", "fixed"):
-            fail(f"{option} needs --norm batchnorm, batchrenorm or layernorm, not {args.norm}")
-        if name in ("bn_momentum", "bn_warmup") and nothing_moves:
-            fail(f"{option} needs a pass in train mode: drop --bn-update eval")
-    if (args.norm == "fixed") != bool(args.norm_stats):
-        fail("--norm fixed and --norm-stats runs/.../obs_stats.npz need each other")
-    has_layers = is_batch or args.norm == "layernorm"
-    if has_layers and args.network == "linear" and args.norm_position != ("input",):
-        fail("--network linear has no hidden layer: use --norm-position input")
-    if args.network == "cnn" and args.norm == "batchrenorm":
-        fail("--norm batchrenorm is for vectors: use --norm batchnorm with --network cnn")
-    if is_batch and args.num_envs < 2:
-        fail("--num-envs 1 has no batch statistics, which diagnostics need: use 2 or more")
-    if args.bn_recalibrate and args.norm_net == "critic":
-        fail("--bn-recalibrate needs batch norm in the actor: drop --norm-net critic")
-    # NORM end
-
-
-# ------------------------------------------------------------------------------------------ Train
-
-
-class Checked(gym.Wrapper):
-    """Clips actions to their bounds, and ends an episode by reward NaN where float32 cannot go on.
-
-    That is at an observation of 1e18, whose square nears its limit, a reward of 1e38, or where one
-    of them or the action is NaN.
-    """
-
-    def reset(self, **options):
-        obs, info = self.env.reset(**options)
-        self.is_sound = (np.abs(obs) < 1e18).all()  # NaN is not less
-        return obs if self.is_sound else np.zeros_like(obs), info
-
-    def step(self, action):
-        space = self.action_space
-        if isinstance(space, gym.spaces.Box):
-            action = np.clip(action, space.low, space.high)  # a Gaussian, or rounding, crosses them
-        if self.is_sound and np.isfinite(action).all():
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            if (np.abs(obs) < 1e18).all() and abs(reward) < 1e38:
-                return obs, reward, terminated, truncated, info
-        nothing = np.zeros(self.observation_space.shape, self.observation_space.dtype)
-        return nothing, math.nan, True, False, {}
-
-
-def is_scalable(space):
-    """Whether the actions in this space are vectors that can be scaled from [-1, 1]."""
-    if not isinstance(space, gym.spaces.Box) or space.dtype.kind != "f" or len(space.shape) != 1:
-        return False
-    width = np.float64(space.high) - np.float64(space.low)
-    return bool(((width > 0) & (width < 1e38)).all())
-
-
-def make_env(args):
-    """Return one environment; end with one line if it is unknown or does not suit the algorithm."""
-    try:
-        env = Checked(gym.make(args.env))
-    except Exception as error:
-        fail(f"--env {args.env} cannot be made: {error}")
-    obs_space, action_space = env.observation_space, env.action_space
-    is_image = len(obs_space.shape or ()) == 3 and min(obs_space.shape[:2]) >= 3
-    if not isinstance(obs_space, gym.spaces.Box) or (args.network == "cnn" and not is_image):
-        fail(f"--env {args.env} observes {obs_space}: --network {args.network} cannot use it")
-    if is_scalable(action_space):
-        low, high = action_space.low, action_space.high
-        box = gym.spaces.Box(-1, 1, low.shape)  # (8), before scaling
-        env = gym.wrappers.TransformAction(env, lambda a: (low + high + a * (high - low)) / 2, box)
-    elif not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
-        fail(f"--env {args.env} acts in {action_space}: choose discrete or bounded actions")
-
-    def as_float(obs):  # a vector, or an image with channels first
-        return np.float32(np.moveaxis(obs, -1, 0) if args.network == "cnn" else np.ravel(obs))
-
-    box = gym.spaces.Box(-np.inf, np.inf, as_float(np.zeros(obs_space.shape)).shape)
-    env = gym.wrappers.TransformObservation(env, as_float, box)
-    return gym.wrappers.RecordEpisodeStatistics(env)
-
-
-def make_envs(args, n):
-    """Return n environments that step together; each is reset by a mask when its episode ends."""
-    mode = gym.vector.AutoresetMode.DISABLED  # so a step returns the true last observation
-    return gym.vector.SyncVectorEnv([lambda: make_env(args)] * n, autoreset_mode=mode)
-
-
-def is_finite(agent):
-    """Whether every weight is a finite number."""
-    return all(x.isfinite().all() for x in (*agent.actor.parameters(), *agent.critic.parameters()))
-
-
-def report_evaluation(agent, envs, args, step, writer, bar):
-    """Evaluate, log and show it; return (step, mean return, std over episodes).
-
-    writer: None if the events have this evaluation already.
-    """
-    returns = evaluate(agent, envs)
-    mean, std = float(returns.mean()), float(returns.std())
-    if writer:
-        writer.add_scalar("eval/return", mean, step)
-        writer.add_scalar("eval/return_std", std, step)
-    bar.set_postfix_str(f"return {mean:.1f} ± {std:.1f}")
-    if bar.disable and step < args.total_steps:  # no terminal to draw on
-        print(f"step {step} of {args.total_steps}: return {mean:.1f} ± {std:.1f}", flush=True)
-    return step, mean, std
-
-
-# NORM begin: report: one policy, evaluated in each mode
-def report_modes(agent, args, obs, step, writer):
-    """Log and print the final policy's return in eval mode, train mode, and recalibrated.
-
-    The last needs --bn-recalibrate, and stays. All in --num-envs environments, as in training.
-    """
-    if args.norm_net == "critic":
-        return  # the policy has no modes
-    envs = make_envs(args, args.num_envs)
-    in_train_mode = SimpleNamespace(**vars(agent) | {"actor": InTrainMode(agent.actor)})
-    returns = {"eval": evaluate(agent, envs), "train": evaluate(in_train_mode, envs)}
-    if args.bn_recalibrate:
-        recalibrate(agent, obs, args.bn_recalibrate)
-        returns["recalibrated"] = evaluate(agent, envs)
-    for name, values in returns.items():
-        writer.add_scalar(f"norm/return_{name}_mode", values.mean(), step)
-    words = [f"{name} {x.mean():.1f} ± {x.std():.1f}" for name, x in returns.items()]
-    print("return by mode of batch norm: " + ", ".join(words))
-
-
-# NORM end
-def train(args, stop=()):
-    """Train a policy, and return what the run came to:
-
-    {"run_dir": str, "eval": [(step, mean return, std over episodes), ...], "steps": int,
-    "updates": int, "diverged": bool}. Raises SystemExit(2) for options that make no sense. Once
-    the list stop is no longer empty, the run saves itself as soon as it can be resumed, and ends.
-    """
-    check(args)
-    envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes)
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    torch.manual_seed(args.seed)
-    envs.reset(seed=args.seed)
-    generators = tuple(env.unwrapped.np_random for env in envs.envs)
-    agent = make_agent(envs, args, device)
-    run_dir = open_run(args)
-    step, updates, evaluations, diverged = 0, 0, [], False
-    if args.resume:
-        step, updates, evaluations = load_run(run_dir, agent, generators)
-        evaluations = [e for e in evaluations if e[0] < args.total_steps]  # the last is made anew
-    describe_run(run_dir, args)
-    writer = SummaryWriter(run_dir, purge_step=step + 1 if args.resume else None)
-    writer.add_custom_scalars(PANELS)  # NORM report: the normalization panel comes first
-    if not args.resume:  # from now on a kill loses nothing that --resume cannot bring back
-        save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
-    print(f"run: {run_dir}", flush=True)
-
-    bar = tqdm(total=args.total_steps, initial=step, unit="step", smoothing=0.01, disable=None)
-    start_time, start_step = time.time(), step
-    while step < args.total_steps:
-        before, steps, episodes = step, [], []
-        agent.actor_optimizer.param_groups[0]["lr"] = args.actor_lr * (1 - step / args.total_steps)
-        obs, _ = envs.reset()
-        agent.obs_stat.push(obs)  # NORM obs: each observation of training counts once
-        agent.reward_scale.sums[:] = 0  # NORM reward: of episodes that begin
-        playing = np.ones(args.num_envs, bool)
-        log_probs = []  # NORM report: of acting
-        while playing.any():
-            # act
-            seen, policy, value = explore(agent, obs, args)
-            action = policy.sample()
-            # step
-            next_obs, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
-            agent.obs_stat.push(next_obs)  # NORM obs: those of evaluation never do
-            done = terminated | truncated
-            step += args.num_envs
-            bar.update(args.num_envs)
-            if args.reward_norm:  # NORM reward: --reward-norm
-                reward = agent.reward_scale(reward, done)  # NORM reward: what is learnt from
-            # store
-            timed_out = truncated & ~terminated
-            if timed_out.any():
-                after = state_value(agent, next_obs, args).cpu().numpy()
-                reward = reward + args.gamma * timed_out * after  # (2)
-            arrays = torch.as_tensor(np.float32([reward, done, playing]), device=device)
-            steps.append(Rollout(seen, action, value, *arrays))
-            log_probs.append(policy.log_prob(action))  # NORM report: for first_ratio
-            if done.any():
-                ended = playing & done
-                episodes.append((info["episode"]["r"][ended], info["episode"]["l"][ended]))
-                playing &= ~done
-                next_obs, _ = envs.reset(options={"reset_mask": done})
-                agent.obs_stat.push(next_obs[done])  # NORM obs: an episode's first one counts too
-            obs = next_obs
-        # learn
-        rollout = Rollout(*map(torch.stack, zip(*steps, strict=True)))
-        batch = make_batch(rollout, args)
-        losses, taken = update(agent, batch, args)
-        updates += taken
-        finite = (x.isfinite().all() for x in (rollout.reward, losses["policy"], losses["critic"]))
-        diverged = not (is_finite(agent) and all(finite))
-        # report
-        if diverged:
-            break
-        writer.add_scalar("charts/SPS", (step - start_step) / (time.time() - start_time), step)
-        # NORM begin: report: first_ratio is max |pi(a|s) / pi_old(a|s) - 1|, before the gradient
-        # No weight had changed yet: what differs from 1 is another mode, or other batch statistics.
-        log_prob = torch.stack(log_probs)[rollout.playing.bool()]
-        first_ratio = ((losses.pop("log_prob") - log_prob).exp() - 1).abs().max()
-        writer.add_scalar("norm/first_ratio", first_ratio, step)
+    def __init__(self, args, agent, generators):
+        self.args, self.agent, self.generators = args, agent, generators
+        self.step, self.updates, self.evals, self.saved = 0, 0, [], 0
+        name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}"
+        # NORM begin: flag: the folder's name says how the run is normalized
+        changed = [k for k in vars(args) if getattr(args, k) != getattr(Args, k)]
+        words = [f"{k} {getattr(args, k)}" for k in changed if re.match("norm|bn|reward_norm", k)]
+        name = re.sub(r"[^\w.]+", "-", " ".join([*words, name]))
         # NORM end
-        for name, value in losses.items():
-            writer.add_scalar(f"losses/{name}", value, step)
-        for name, value in norm_scalars(agent, rollout, batch.obs).items():  # NORM report: a panel
-            writer.add_scalar(f"norm/{name}", value, step)  # NORM report: see norm_scalars
-        returns, lengths = map(np.concatenate, zip(*episodes, strict=True))
-        writer.add_scalar("charts/episodic_return", returns.mean(), step)
-        writer.add_scalar("charts/episodic_length", lengths.mean(), step)
-        due = args.eval_every and step // args.eval_every > before // args.eval_every
-        if due and step < args.total_steps:
-            evaluations.append(report_evaluation(agent, eval_envs, args, step, writer, bar))
-            diverged = not np.isfinite(evaluations[-1]).all()
-            if diverged:
-                break
-        stopping = bool(stop)  # read once: a signal may come at any time
-        due = step // args.save_every > before // args.save_every or stopping
-        if due and step < args.total_steps:
-            save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
-        if stopping:
-            break
-    if step >= args.total_steps and not diverged:
-        if args.norm.startswith("batch") and step > start_step:  # NORM report: after learning
-            report_modes(agent, args, batch.obs, step, writer)  # NORM report: in each mode
-        events = writer if step > start_step else None  # a finished run evaluated this step before
-        evaluations.append(report_evaluation(agent, eval_envs, args, step, events, bar))
-        diverged = not (is_finite(agent) and np.isfinite(evaluations[-1]).all())
-    if diverged:
-        what = "a loss, a weight, an observation, a reward or a return is not finite"
-        print(f"diverged at step {step}: {what}", file=sys.stderr)
-    elif step < args.total_steps:
-        print(f"stopped at step {step}: --resume {run_dir} goes on")
-    else:
-        save_run(run_dir, agent, generators, (step, updates, evaluations), writer)
-        report_warmup(agent)  # NORM report: of batchrenorm
-        print("final evaluation at step {}: return {:.1f} ± {:.1f}".format(*evaluations[-1]))
-    bar.close()
-    writer.close()
-    result = {"run_dir": str(run_dir), "eval": evaluations, "steps": step, "updates": updates}
-    result["diverged"] = diverged
-    if diverged or step >= args.total_steps:
-        write(run_dir / "result.json", lambda file: file.write(json.dumps(result).encode()))
-    print(f"files: {run_dir}\nlook:  tensorboard --logdir {run_dir}")
-    return result
+        new = args.run_dir or Path("runs", args.env.replace(":", "-"), Path(__file__).stem, name)
+        self.dir = Path(args.resume or new)
+        self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        if args.resume:
+            self.load()
+        names = "torch", "gymnasium", "mujoco", "numpy"
+        about = {"script": Path(__file__).stem, "args": asdict(args)}
+        about["versions"] = {x: sys.modules[x].__version__ for x in names if x in sys.modules}
+        write(self.dir / "args.json", lambda file: file.write_text(json.dumps(about, indent=2)))
+        (self.dir / "result.json").unlink(missing_ok=True)  # of a run that now goes further
+        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
+        panel = {name: ["Multiline", [name]] for name in SCALARS}  # NORM report: a page of its own
+        self.writer.add_custom_scalars({"Normalization": panel})  # NORM report: that comes first
+        self.bar = tqdm(total=args.total_steps, initial=self.step, unit="step", disable=None)
+        print(f"run: {self.dir}", flush=True)
+        self.save()  # from now on a kill loses nothing that --resume cannot bring back
+
+    def log(self, scalars):
+        """Write {name: value} to the events; raise FloatingPointError if one is not finite."""
+        self.bar.update(self.step - self.bar.n)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, float(value), self.step)
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value}")
+
+    def evaluate(self, returns, scalars):
+        """Log and show the returns of the episodes of an evaluation, and scalars beside them."""
+        mean, std = float(np.mean(returns)), float(np.std(returns))
+        self.evals = [e for e in self.evals if e[0] < self.step] + [(self.step, mean, std)]
+        self.bar.write(f"step {self.step}: return {mean:.1f} ± {std:.1f}", sys.stderr)
+        self.log({"eval/return": mean, "eval/return_std": std} | scalars)
+
+    def save(self):
+        """Write all that the run needs to go on as if it had never stopped."""
+        parts = {k: part for k, part in vars(self.agent).items() if hasattr(part, "state_dict")}
+        state = {"args": asdict(self.args), "progress": (self.step, self.updates, self.evals)}
+        state["agent"] = {name: part.state_dict() for name, part in parts.items()}
+        state["torch"] = torch.get_rng_state()
+        state["numpy"] = [generator.bit_generator.state for generator in self.generators]
+        # NORM begin: save: for people, and for --norm fixed
+        write(self.dir / "obs_stats.npz", lambda x: self.agent.obs_stat.save(x, env=self.args.env))
+        # NORM end
+        self.writer.flush()  # a resumed run writes only the events that follow
+        write(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
+        self.saved = self.step
+
+    def load(self):
+        """Restore what `save` wrote; nothing in the file is executed."""
+        state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        free = "total_steps", "device", "eval_every", "eval_episodes"
+        free += "run_dir", "save_every", "resume"
+        for name, value in vars(self.args).items():
+            if name not in free and state["args"].get(name) != value:
+                raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
+        for name, part in state["agent"].items():
+            getattr(self.agent, name).load_state_dict(part)
+        self.step, self.updates, self.evals = state["progress"]
+        self.saved = self.step
+        torch.set_rng_state(state["torch"])
+        for generator, saved in zip(self.generators, state["numpy"], strict=True):
+            generator.bit_generator.state = saved
+
+    def finish(self, *diverged):
+        """Close the run, and return what it came to; diverged: words about a divergence."""
+        result = {"run_dir": str(self.dir), "eval": self.evals, "steps": self.step}
+        result |= {"updates": self.updates, "diverged": bool(diverged)}
+        write(self.dir / "result.json", lambda file: file.write_text(json.dumps(result)))
+        self.bar.close()
+        self.writer.close()
+        print(*diverged, f"files: {self.dir}", f"look:  tensorboard --logdir {self.dir}", sep="\n")
+        return result
+
+
+def parse():
+    """Return the options of the command line; with --resume the others are those of the run."""
+    args = tyro.cli(Args)
+    if args.resume:
+        path = Path(args.resume, "checkpoint.pt")
+        saved = torch.load(path, "cpu", mmap=True, weights_only=True)["args"]
+        saved |= {"resume": args.resume, "device": args.device}
+        args = tyro.cli(Args, default=Args(**{k: v for k, v in saved.items() if k in vars(args)}))
+    return args
 
 
 if __name__ == "__main__":
-    args = parse()
-    if args.resume:  # options not given again are those of the run
-        args = parse(default=saved_args(args.resume))
-    stop = []
-
-    def save_and_stop(number, frame):
-        os.write(2, b"saving as soon as possible, then stopping; again to stop at once\n")
-        signal.signal(number, signal.SIG_DFL)
-        stop.append(number)
-
-    signal.signal(signal.SIGINT, save_and_stop)
-    signal.signal(signal.SIGTERM, save_and_stop)
-    result = train(args, stop)
-    sys.exit(3 if result["diverged"] else 1 if result["steps"] < args.total_steps else 0)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
+    try:
+        result = train(parse())
+    except (OSError, ValueError, gym.error.Error) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        sys.exit(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})")
+    except KeyboardInterrupt:
+        sys.exit("stopped: --resume goes on from the last checkpoint")
+    sys.exit(3 if result["diverged"] else 0)

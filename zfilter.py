@@ -1,10 +1,11 @@
-"""Normalize observations by the mean and standard deviation of everything seen so far.
+"""Normalize observations and rewards by statistics of everything met so far.
 
-`RunningStat` counts, `ZFilter` normalizes: z = (x - mean) / std. Unlike batch norm it has one set
-of statistics for acting, learning and evaluation, and each observation enters them once.
+`RunningStat` counts, `ZFilter` normalizes observations, `RewardScale` rewards. Unlike batch norm
+they have one set of statistics for acting, learning and evaluation, and count each sample once.
 
-Source: the z-filter of modular_rl (Schulman 2016), which the source article uses; the update is
-Welford's (1962), merged batch by batch as in Chan, Golub and LeVeque (1979).
+Sources: the z-filter is that of modular_rl (Schulman 2016), the scale of rewards that of
+VecNormalize in OpenAI baselines; the update is Welford's (1962), merged batch by batch as in Chan,
+Golub and LeVeque (1979).
 """
 
 import numpy as np
@@ -54,7 +55,7 @@ class RunningStat:
         self.count, self.mean, self.m2 = int(count), mean, m2
 
     def save(self, file, **about):
-        """Write count, mean, m2, for people std, and words about them to an .npz file or path."""
+        """Write count, mean, m2, for people std, and words about them to an .npz file."""
         np.savez(file, **self.state_dict(), std=self.std, **about)
 
     def load(self, file, **about):
@@ -67,7 +68,7 @@ class RunningStat:
             self.load_state_dict(state)
             wrong = [str(state[k]) for k, v in about.items() if str(state.get(k, v)) != str(v)]
         if wrong or self.count < 2:
-            raise ValueError(f"they are of {' '.join(wrong) or 'too few samples'}")
+            raise ValueError(f"{file} holds statistics of {' '.join(wrong) or 'too few samples'}")
 
 
 class ZFilter:
@@ -75,10 +76,11 @@ class ZFilter:
 
     shape: shape of one sample. demean, destd: switch off one half of the formula.
     clip: bound on |z|, in standard deviations; None for no bound.
+    stat: the RunningStat to use; None for one of its own.
     """
 
-    def __init__(self, shape, demean=True, destd=True, clip=10.0):
-        self.stat = RunningStat(shape)
+    def __init__(self, shape, demean=True, destd=True, clip=10.0, stat=None):
+        self.stat = RunningStat(shape) if stat is None else stat
         self.demean, self.destd, self.clip = demean, destd, clip
 
     def __call__(self, x, update=True):
@@ -100,3 +102,26 @@ class ZFilter:
     def load_state_dict(self, state):
         """Restore `state_dict()`."""
         self.stat.load_state_dict(state)
+
+
+class RewardScale(RunningStat):
+    """Running deviation of discounted sums of rewards, which rewards are divided by.
+
+    They are clipped at 10 of it, and never shifted, which would change what is optimal.
+    n: number of environments. gamma: discount per step.
+    """
+
+    def __init__(self, n, gamma):
+        super().__init__(())
+        self.gamma = gamma
+        self.sums = np.zeros(n)  # of each environment, since its episode began
+
+    def learn(self, reward, done):
+        """Learn from the rewards of one step, (n,); done, (n,), says whose episode ends."""
+        self.sums = self.gamma * self.sums + reward
+        self.push(self.sums)
+        self.sums[done] = 0
+
+    def __call__(self, reward):
+        """Return rewards scaled, same shape."""
+        return np.clip(reward / (self.std + 1e-8), -10, 10)
