@@ -100,27 +100,7 @@ class Args:
     max_grad_norm: float = 0.5  # longest gradient of a step; 0 for any length
 
     def __post_init__(self):
-        """Raise ValueError, which tyro shows, for options that cannot work or change nothing."""
-        is_batch = self.norm in ("batchnorm", "batchrenorm")  # NORM flag: see below
-        steps = self.num_envs * self.num_steps
-        sizes = steps % self.minibatches == 0 and steps >= 2 * self.minibatches
-        needs = [  # options, what they need, whether it is there
-            ("device", "a GPU", self.device != "cuda" or torch.cuda.is_available()),
-            ("num_envs num_steps minibatches", "equal minibatches of 2 or more", sizes),
-            # NORM begin: flag: an option that would change nothing is a mistake
-            ("norm_position norm_net", "a layer", is_batch or self.norm == "layernorm"),
-            ("bn_momentum bn_rollout bn_update", "batch norm", is_batch),
-            ("bn_momentum", "train mode", "train" in (self.bn_rollout, self.bn_update)),
-            ("bn_warmup", "--norm batchrenorm", self.norm == "batchrenorm"),
-            ("num_envs", "2 or more for batch norm", self.num_envs > 1 or not is_batch),
-            ("norm_stats", "--norm fixed", self.norm == "fixed"),
-            ("norm", "--norm-stats if it is fixed", self.norm_stats or self.norm != "fixed"),
-            # NORM end
-        ]
-        for names, what, is_there in needs:
-            for name in names.split():
-                if getattr(self, name) != getattr(Args, name) and not is_there:
-                    raise ValueError(f"--{name.replace('_', '-')} needs {what}")
+        check_options(self)
 
 
 # NORM begin: layer: what --norm builds, and where --norm-position puts it
@@ -501,6 +481,30 @@ def norm_scalars(agent, batch):
 
 # NORM end
 # --------------------------------------------------------------------------------- Files of a run
+
+
+def check_options(args):
+    """Raise ValueError, which tyro shows, for options that cannot work or would change nothing."""
+    is_batch = args.norm in ("batchnorm", "batchrenorm")  # NORM flag: see below
+    steps = args.num_envs * args.num_steps
+    sizes = steps % args.minibatches == 0 and steps >= 2 * args.minibatches
+    needs = [  # options, what they need, whether it is there
+        ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
+        ("num_envs num_steps minibatches", "equal minibatches of 2 or more", sizes),
+        # NORM begin: flag: an option that would change nothing is a mistake
+        ("norm_position norm_net", "a layer", is_batch or args.norm == "layernorm"),
+        ("bn_momentum bn_rollout bn_update", "batch norm", is_batch),
+        ("bn_momentum", "train mode", "train" in (args.bn_rollout, args.bn_update)),
+        ("bn_warmup", "--norm batchrenorm", args.norm == "batchrenorm"),
+        ("num_envs", "2 or more for batch norm", args.num_envs > 1 or not is_batch),
+        ("norm_stats", "--norm fixed", args.norm == "fixed"),
+        ("norm", "--norm-stats if it is fixed", args.norm_stats or args.norm != "fixed"),
+        # NORM end
+    ]
+    for names, what, is_there in needs:
+        for name in names.split():
+            if getattr(args, name) != getattr(Args, name) and not is_there:
+                raise ValueError(f"--{name.replace('_', '-')} needs {what}")
 
 
 def write(path, save):

@@ -99,38 +99,7 @@ class Args:
     max_grad_norm: float = 0.0  # longest gradient of a step; 0 for any length
 
     def __post_init__(self):
-        """Raise ValueError, which tyro shows, for options that cannot work or change nothing."""
-        is_image = self.network == "cnn"
-        # NORM begin: flag: see below
-        is_batch = self.norm in ("batchnorm", "batchrenorm")
-        is_layer = is_batch or self.norm == "layernorm"
-        inputs = self.network != "linear" or self.norm_position == ("input",)
-        modes = self.bn_rollout, self.bn_update
-        # NORM end
-        needs = [  # options, what they need, whether it is there
-            ("device", "a GPU", self.device != "cuda" or torch.cuda.is_available()),
-            ("hidden_sizes", "hidden layers", self.network != "linear"),
-            # NORM begin: flag: an option that would change nothing is a mistake
-            ("norm_position norm_net", "a layer", is_layer),
-            ("bn_momentum bn_rollout bn_update bn_recalibrate", "batch norm", is_batch),
-            ("bn_momentum", "a pass in train mode", self.bn_recalibrate or "train" in modes),
-            ("bn_recalibrate", "it in the actor", self.norm_net != "critic"),
-            ("norm", "--norm-position input in a linear network", not is_layer or inputs),
-            (
-                "network",
-                "batch norm that knows images",
-                not (is_image and self.norm == "batchrenorm"),
-            ),
-            ("bn_warmup", "--norm batchrenorm", self.norm == "batchrenorm"),
-            ("num_envs", "2 or more for batch norm", self.num_envs > 1 or not is_batch),
-            ("norm_stats", "--norm fixed", self.norm == "fixed"),
-            ("norm", "--norm-stats if it is fixed", self.norm_stats or self.norm != "fixed"),
-            # NORM end
-        ]
-        for names, what, is_there in needs:
-            for name in names.split():
-                if getattr(self, name) != getattr(Args, name) and not is_there:
-                    raise ValueError(f"--{name.replace('_', '-')} needs {what}")
+        check_options(self)
 
 
 # NORM begin: layer: what --norm builds, and where --norm-position puts it
@@ -548,6 +517,37 @@ class InTrainMode(nn.Module):
 
 # NORM end
 # --------------------------------------------------------------------------------- Files of a run
+
+
+def check_options(args):
+    """Raise ValueError, which tyro shows, for options that cannot work or would change nothing."""
+    is_image = args.network == "cnn"
+    # NORM begin: flag: see below
+    is_batch = args.norm in ("batchnorm", "batchrenorm")
+    is_layer = is_batch or args.norm == "layernorm"
+    inputs = args.network != "linear" or args.norm_position == ("input",)
+    modes = args.bn_rollout, args.bn_update
+    # NORM end
+    needs = [  # options, what they need, whether it is there
+        ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
+        ("hidden_sizes", "hidden layers", args.network != "linear"),
+        # NORM begin: flag: an option that would change nothing is a mistake
+        ("norm_position norm_net", "a layer", is_layer),
+        ("bn_momentum bn_rollout bn_update bn_recalibrate", "batch norm", is_batch),
+        ("bn_momentum", "a pass in train mode", args.bn_recalibrate or "train" in modes),
+        ("bn_recalibrate", "it in the actor", args.norm_net != "critic"),
+        ("norm", "--norm-position input in a linear network", not is_layer or inputs),
+        ("network", "batch norm that knows images", not (is_image and args.norm == "batchrenorm")),
+        ("bn_warmup", "--norm batchrenorm", args.norm == "batchrenorm"),
+        ("num_envs", "2 or more for batch norm", args.num_envs > 1 or not is_batch),
+        ("norm_stats", "--norm fixed", args.norm == "fixed"),
+        ("norm", "--norm-stats if it is fixed", args.norm_stats or args.norm != "fixed"),
+        # NORM end
+    ]
+    for names, what, is_there in needs:
+        for name in names.split():
+            if getattr(args, name) != getattr(Args, name) and not is_there:
+                raise ValueError(f"--{name.replace('_', '-')} needs {what}")
 
 
 def write(path, save):

@@ -102,26 +102,7 @@ class Args:
     target_network: bool = True  # no: bootstrap from the live networks
 
     def __post_init__(self):
-        """Raise ValueError, which tyro shows, for options that cannot work or change nothing."""
-        is_batch = self.norm in ("batchnorm", "batchrenorm")  # NORM flag: see below
-        needs = [  # options, what they need, whether it is there
-            ("device", "a GPU", self.device != "cuda" or torch.cuda.is_available()),
-            ("tau", "target networks", self.target_network),
-            # NORM begin: flag: an option that would change nothing is a mistake
-            ("norm_position norm_net", "a layer", is_batch or self.norm == "layernorm"),
-            ("bn_momentum bn_target bn_policy_critic bn_joint", "batch norm", is_batch),
-            ("bn_policy_critic bn_joint bn_target", "it in the critic", self.norm_net != "actor"),
-            ("bn_target", "target networks", self.target_network),
-            ("bn_warmup", "--norm batchrenorm", self.norm == "batchrenorm"),
-            ("batch_size", "2 or more for batch norm", self.batch_size > 1 or not is_batch),
-            ("norm_stats", "--norm fixed", self.norm == "fixed"),
-            ("norm", "--norm-stats if it is fixed", self.norm_stats or self.norm != "fixed"),
-            # NORM end
-        ]
-        for names, what, is_there in needs:
-            for name in names.split():
-                if getattr(self, name) != getattr(Args, name) and not is_there:
-                    raise ValueError(f"--{name.replace('_', '-')} needs {what}")
+        check_options(self)
 
 
 # NORM begin: layer: what --norm builds, and where --norm-position puts it
@@ -568,6 +549,29 @@ def norm_scalars(agent, batch):
 
 # NORM end
 # --------------------------------------------------------------------------------- Files of a run
+
+
+def check_options(args):
+    """Raise ValueError, which tyro shows, for options that cannot work or would change nothing."""
+    is_batch = args.norm in ("batchnorm", "batchrenorm")  # NORM flag: see below
+    needs = [  # options, what they need, whether it is there
+        ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
+        ("tau", "target networks", args.target_network),
+        # NORM begin: flag: an option that would change nothing is a mistake
+        ("norm_position norm_net", "a layer", is_batch or args.norm == "layernorm"),
+        ("bn_momentum bn_target bn_policy_critic bn_joint", "batch norm", is_batch),
+        ("bn_policy_critic bn_joint bn_target", "it in the critic", args.norm_net != "actor"),
+        ("bn_target", "target networks", args.target_network),
+        ("bn_warmup", "--norm batchrenorm", args.norm == "batchrenorm"),
+        ("batch_size", "2 or more for batch norm", args.batch_size > 1 or not is_batch),
+        ("norm_stats", "--norm fixed", args.norm == "fixed"),
+        ("norm", "--norm-stats if it is fixed", args.norm_stats or args.norm != "fixed"),
+        # NORM end
+    ]
+    for names, what, is_there in needs:
+        for name in names.split():
+            if getattr(args, name) != getattr(Args, name) and not is_there:
+                raise ValueError(f"--{name.replace('_', '-')} needs {what}")
 
 
 def write(path, save):
