@@ -43,7 +43,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F  # NORM layer: for batch renorm
 import tyro
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
@@ -120,9 +119,8 @@ class BatchRenorm(nn.BatchNorm1d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
+        x_hat, mean, rstd = torch.native_batch_norm(x, None, None, None, None, True, 0, self.eps)
         with torch.no_grad():
-            # the kernel behind batch_norm returns its statistics; torch.var_mean is far slower
-            _, mean, rstd = torch.native_batch_norm(x, None, None, None, None, True, 0.0, self.eps)
             std = (self.running_var + self.eps).sqrt()
             warmed_up = self.num_batches_tracked >= self.warmup  # before: r = 1, d = 0, batch norm
             r = (1 / (rstd * std)).clamp(1 / 3, 3).where(warmed_up, 1.0)
@@ -130,8 +128,7 @@ class BatchRenorm(nn.BatchNorm1d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(rstd**-2 - self.eps, self.momentum)
             self.num_batches_tracked += 1
-        gamma, beta = self.weight * r, self.weight * d + self.bias
-        return F.batch_norm(x, None, None, gamma, beta, True, 0.0, self.eps)
+        return self.weight * (x_hat * r + d) + self.bias
 
 
 def norm_layer(layer, args, features=None):
