@@ -230,12 +230,15 @@ def q_values(agent, batch, next_action, args):
     # Two passes in train mode would center each on a mean of its own, and so hide from the critic
     # how a and a' differ; the running statistics would never come to know (s', a').
     if args.bn_joint:
-        pair = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
-        q, own_q_next = agent.critic.train()(*pair).chunk(2)
+        both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
+        q, own_q_next = agent.critic.train()(*both).chunk(2)
         if not args.target_network:
             return q, own_q_next.detach()
+        agent.critic_target.train(args.bn_target == "train")
         with torch.no_grad():
-            return q, agent.critic_target.train(args.bn_target == "train")(*pair).chunk(2)[1]
+            if args.bn_target == "train":
+                return q, agent.critic_target(*both).chunk(2)[1]
+            return q, agent.critic_target(batch.next_obs, next_action)  # eval mode: row by row
     # NORM end
     with torch.no_grad():
         agent.critic_target.train(args.bn_target == "train")  # NORM mode: whose statistics y uses
