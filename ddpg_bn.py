@@ -84,7 +84,7 @@ class Args:
     critic_lr: float = 1e-3  # Adam's learning rate
     gamma: float = 0.99  # discount per step
     tau: float = 0.005  # weight of the live network in its target
-    noise: float = 0.1  # standard deviation of exploration, in halves of the action range (D1)
+    noise: float = 0.1  # standard deviation of exploration, of actions in [-1, 1] (D1)
     hidden_sizes: tuple[int, ...] = (256, 256)  # width of each hidden layer
     max_grad_norm: float = 0.0  # longest gradient of a network; 0 for any length
     target_network: bool = True  # no: bootstrap from the live networks
@@ -165,31 +165,28 @@ def make_net(*sizes):
 
 
 class Actor(nn.Module):
-    """mu(s): observations (n, obs_dim) to actions (n, action_dim) in the environment's units."""
+    """mu(s): observations (n, obs_dim) to actions (n, action_dim) in [-1, 1]."""
 
-    def __init__(self, obs_dim, action_space, args):
+    def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.net = make_net(obs_dim, *args.hidden_sizes, action_space.shape[0])
+        self.net = make_net(obs_dim, *args.hidden_sizes, action_dim)
         self.net = add_norm(self.net, "actor", args)  # NORM layer: on s
-        low, high = torch.tensor(np.float32([action_space.low, action_space.high]))
-        self.register_buffer("action_scale", (high - low) / 2)
-        self.register_buffer("action_bias", (high + low) / 2)
 
     def forward(self, obs):
-        return torch.tanh(self.net(obs)) * self.action_scale + self.action_bias
+        return torch.tanh(self.net(obs))
 
 
 class Critic(nn.Module):
     """Q(s, a): observations (n, obs_dim) and actions (n, action_dim) to values (n,)."""
 
-    def __init__(self, obs_dim, action_space, args):
+    def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         sizes, k = (
             (obs_dim, *args.hidden_sizes),
             args.action_layer,
         )  # the action joins sizes[k] (D3)
         self.obs_net = nn.Sequential(*([nn.Linear(*sizes[:2]), ACTIVATION()] if k else []))
-        self.net = make_net(sizes[k] + action_space.shape[0], *sizes[k + 1 :], 1)
+        self.net = make_net(sizes[k] + action_dim, *sizes[k + 1 :], 1)
         if k == 0:  # NORM layer: the input holds the action, too
             self.net = add_norm(self.net, "critic", args)  # NORM layer: on (s, a)
         else:  # NORM layer: as in the paper, only what comes before the action
@@ -335,38 +332,44 @@ def act(agent, obs):
     return agent.actor(obs).squeeze(0).cpu().numpy()
 
 
-def explore(agent, obs, action_space, rng, args):
-    """Return mu(s) + N(0, noise), clipped to the bounds (D1)."""
-    low, high = action_space.low, action_space.high
-    noise = rng.normal(0.0, args.noise * (high - low) / 2).astype(np.float32)
-    return (act(agent, obs) + noise).clip(low, high)
+def explore(agent, obs, rng, args):
+    """Return mu(s) + N(0, noise), clipped to [-1, 1] (D1)."""
+    action = act(agent, obs)
+    noise = rng.normal(0.0, args.noise, action.shape).astype(np.float32)
+    return (action + noise).clip(-1, 1)
 
 
 # ------------------------------------------------------------------------------------------ Train
 
 
 def make_env(args):
-    """Return the environment; it observes float32 vectors, and clips actions to its bounds."""
+    """Return the environment; it observes float32 vectors, and acts in [-1, 1]."""
     env = gym.make(args.env)
     space = env.action_space
     if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
         raise ValueError(f"--env {args.env} acts in {space}: choose bounded, continuous actions")
-    env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, space.low, space.high), space)
+    low, high = space.low.ravel(), space.high.ravel()
+
+    def to_bounds(action):
+        action = (low + high + action * (high - low)) / 2
+        return np.clip(action, low, high).reshape(space.shape)  # rounding may cross a bound
+
+    env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
     env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 def make_agent(env, args, device):
     """Return networks, their targets (copies, or the live ones), optimizers and replay."""
-    obs_dim, action_space = env.observation_space.shape[0], env.action_space
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     agent = SimpleNamespace(device=device)
-    agent.actor = Actor(obs_dim, action_space, args).to(device)
-    agent.critic = Critic(obs_dim, action_space, args).to(device)
+    agent.actor = Actor(obs_dim, action_dim, args).to(device)
+    agent.critic = Critic(obs_dim, action_dim, args).to(device)
     agent.actor_target = copy.deepcopy(agent.actor) if args.target_network else agent.actor
     agent.critic_target = copy.deepcopy(agent.critic) if args.target_network else agent.critic
     agent.actor_optimizer = Adam(agent.actor.parameters(), args.actor_lr, fused=True)
     agent.critic_optimizer = Adam(agent.critic.parameters(), args.critic_lr, fused=True)
-    agent.buffer = ReplayBuffer(args.buffer_size, obs_dim, action_space.shape[0])
+    agent.buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
     # NORM begin: obs: what stands between an observation and the networks
     agent.obs_stat = RunningStat(obs_dim)  # of all states that training meets
     agent.obs_filter = ZFilter(obs_dim, demean=False, destd=False, clip=None)  # the identity
@@ -400,7 +403,7 @@ def train(args):
             if run.step < args.learning_starts:
                 action = env.action_space.sample()
             else:
-                action = explore(agent, obs, env.action_space, rng, args)
+                action = explore(agent, obs, rng, args)
             # step
             next_obs, reward, terminated, truncated, _ = env.step(action)
             if not np.isfinite([*action, *next_obs, reward]).all():
@@ -504,7 +507,7 @@ def norm_scalars(agent, batch):
     """
     grads = [p.grad for p in agent.actor.parameters() if p.grad is not None]
     scalars = {"norm/actor_grad": nn.utils.get_total_norm(grads)}
-    action = (agent.actor.eval()(batch.obs) - agent.actor.action_bias) / agent.actor.action_scale
+    action = agent.actor.eval()(batch.obs)
     scalars["norm/saturation"] = (action.abs() > 0.98).float().mean()
     lags = stat_lags(agent.actor, batch.obs) + stat_lags(agent.critic, batch.obs, batch.action)
     if lags:

@@ -314,13 +314,13 @@ def make_env(args):
     env = gym.make(args.env)
     space = env.action_space
     if isinstance(space, gym.spaces.Box) and space.is_bounded():
-        low, high = space.low, space.high
-        box = gym.spaces.Box(-1, 1, low.shape)
+        low, high = space.low.ravel(), space.high.ravel()
 
         def to_bounds(action):
-            return np.clip((low + high + action * (high - low)) / 2, low, high)  # D4
+            action = (low + high + action * (high - low)) / 2
+            return np.clip(action, low, high).reshape(space.shape)  # D4
 
-        env = gym.wrappers.TransformAction(env, to_bounds, box)
+        env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
     elif not isinstance(space, gym.spaces.Discrete):
         raise ValueError(f"--env {args.env} acts in {space}: choose discrete or bounded actions")
     if args.network == "cnn":

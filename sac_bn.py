@@ -17,7 +17,8 @@ Equations and appendices are those of the paper (arXiv 1812.05905). Details that
 D1  Uniformly random actions at first (Spinning Up, TD3). Evaluation plays the policy's median,
     tanh(mean) (SB3, Spinning Up).
 D2  A time-out is not a death: the target goes on through it (Pardo et al., arXiv 1712.00378).
-D3  Actions are scaled to the environment's bounds; so is the entropy.
+D3  Actions are in [-1, 1], and scaled to the environment's bounds outside the policy; so the target
+    entropy means the same in all units.
 D4  Learning rates are those of the SAC beside CrossQ. The paper's (Appendix D): --actor-lr 3e-4
     --critic-lr 3e-4 --alpha-lr 3e-4
 """
@@ -176,40 +177,37 @@ def make_net(*sizes):
 class Actor(nn.Module):
     """pi(a|s), a Gaussian squashed by tanh: observations (n, obs_dim) to actions (n, dim)."""
 
-    def __init__(self, obs_dim, action_space, args):
+    def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.net = make_net(obs_dim, *args.hidden_sizes, 2 * action_space.shape[0])
+        self.net = make_net(obs_dim, *args.hidden_sizes, 2 * action_dim)
         self.net = add_norm(self.net, "actor", args)  # NORM layer: on s
-        low, high = torch.tensor(np.float32([action_space.low, action_space.high]))
-        self.register_buffer("action_scale", (high - low) / 2)
-        self.register_buffer("action_bias", (high + low) / 2)
         self.log_std_bounds = args.log_std_min, args.log_std_max
 
     def forward(self, obs):
         """Return the median actions."""
         mean, _ = self.net(obs).chunk(2, dim=1)
-        return torch.tanh(mean) * self.action_scale + self.action_bias
+        return torch.tanh(mean)
 
     def sample(self, obs):
         """Return actions that gradients flow through, and log pi(a|s), (n,) (Appendix C)."""
         mean, log_std = self.net(obs).chunk(2, dim=1)
         normal = torch.distributions.Normal(mean, log_std.clamp(*self.log_std_bounds).exp())
         u = normal.rsample()
-        action = torch.tanh(u) * self.action_scale + self.action_bias
-        # log |da/du| = log scale + log(1 - tanh(u)^2), finite also where tanh(u) rounds to 1
-        log_slope = self.action_scale.log() + 2 * (math.log(2) - u - F.softplus(-2 * u))
+        action = torch.tanh(u)
+        # log |da/du| = log(1 - tanh(u)^2), in a form that is finite also where tanh(u) rounds to 1
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
         return action, (normal.log_prob(u) - log_slope).sum(1)
 
 
 class Critic(nn.Module):
     """Two Q(s, a): observations (n, obs_dim) and actions (n, action_dim) to values (n, 2)."""
 
-    def __init__(self, obs_dim, action_space, args):
+    def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         sizes = args.critic_hidden_sizes or args.hidden_sizes
         self.nets = nn.ModuleList()
         for _ in range(2):
-            net = make_net(obs_dim + action_space.shape[0], *sizes, 1)
+            net = make_net(obs_dim + action_dim, *sizes, 1)
             net = add_norm(net, "critic", args)  # NORM layer: on (s, a)
             self.nets.append(net)
 
@@ -371,33 +369,39 @@ def act(agent, obs, explores=False):
 
 
 def make_env(args):
-    """Return the environment; it observes float32 vectors, and clips actions to its bounds."""
+    """Return the environment; it observes float32 vectors, and acts in [-1, 1]."""
     env = gym.make(args.env)
     space = env.action_space
     if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
         raise ValueError(f"--env {args.env} acts in {space}: choose bounded, continuous actions")
-    env = gym.wrappers.TransformAction(env, lambda a: np.clip(a, space.low, space.high), space)
+    low, high = space.low.ravel(), space.high.ravel()
+
+    def to_bounds(action):
+        action = (low + high + action * (high - low)) / 2
+        return np.clip(action, low, high).reshape(space.shape)  # rounding may cross a bound
+
+    env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
     env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 def make_agent(env, args, device):
     """Return networks, the critics' target (a copy, or the live ones), optimizers and replay."""
-    obs_dim, action_space = env.observation_space.shape[0], env.action_space
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     agent = SimpleNamespace(device=device)
-    agent.actor = Actor(obs_dim, action_space, args).to(device)
-    agent.critic = Critic(obs_dim, action_space, args).to(device)
+    agent.actor = Actor(obs_dim, action_dim, args).to(device)
+    agent.critic = Critic(obs_dim, action_dim, args).to(device)
     agent.critic_target = copy.deepcopy(agent.critic) if args.target_network else agent.critic
     agent.temperature = nn.ParameterDict({"log_alpha": torch.zeros(())}).to(device)
     agent.log_alpha = agent.temperature["log_alpha"]  # so that alpha > 0
     agent.target_entropy = args.target_entropy
     if args.target_entropy is None:
-        agent.target_entropy = -float(action_space.shape[0])
+        agent.target_entropy = -float(action_dim)
     betas = args.adam_beta1, 0.999
     agent.actor_optimizer = Adam(agent.actor.parameters(), args.actor_lr, betas, fused=True)
     agent.critic_optimizer = Adam(agent.critic.parameters(), args.critic_lr, betas, fused=True)
     agent.alpha_optimizer = Adam(agent.temperature.parameters(), args.alpha_lr, fused=True)
-    agent.buffer = ReplayBuffer(args.buffer_size, obs_dim, action_space.shape[0])
+    agent.buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
     # NORM begin: obs: what stands between an observation and the networks
     agent.obs_stat = RunningStat(obs_dim)  # of all states that training meets
     agent.obs_filter = ZFilter(obs_dim, demean=False, destd=False, clip=None)  # the identity
@@ -540,7 +544,7 @@ def norm_scalars(agent, batch):
     """
     grads = [p.grad for p in agent.actor.parameters() if p.grad is not None]
     scalars = {"norm/actor_grad": nn.utils.get_total_norm(grads)}
-    action = (agent.actor.eval()(batch.obs) - agent.actor.action_bias) / agent.actor.action_scale
+    action = agent.actor.eval()(batch.obs)
     scalars["norm/saturation"] = (action.abs() > 0.98).float().mean()
     lags = stat_lags(agent.actor, batch.obs) + stat_lags(agent.critic, batch.obs, batch.action)
     if lags:
