@@ -364,9 +364,10 @@ def make_agent(envs, args, device):
 def train(args):
     """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    torch.manual_seed(args.seed)
+    seeds = [int(x) for x in np.random.SeedSequence(args.seed).generate_state(2 + args.num_envs)]
+    torch.manual_seed(seeds[0])
     envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes)
-    envs.reset(seed=args.seed)
+    envs.reset(seed=seeds[2:])
     agent = make_agent(envs, args, device)
     run = Run(args, agent, [env.unwrapped.np_random for env in envs.envs])
     try:

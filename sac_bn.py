@@ -418,11 +418,12 @@ def make_agent(env, args, device):
 def train(args):
     """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
+    seeds = [int(x) for x in np.random.SeedSequence(args.seed).generate_state(4)]
+    torch.manual_seed(seeds[0])
+    rng = np.random.default_rng(seeds[1])
     env, eval_env = make_env(args), make_env(args)
-    env.reset(seed=args.seed)
-    env.action_space.seed(args.seed)
+    env.reset(seed=seeds[2])
+    env.action_space.seed(seeds[3])
     agent = make_agent(env, args, device)
     run = Run(args, agent, [rng, env.unwrapped.np_random, env.action_space.np_random])
     obs, losses = None, {}
