@@ -23,10 +23,12 @@ D6  Early stop when an epoch's mean KL divergence exceeds --target-kl (off at 0;
     of the last minibatch).
 """
 
+import contextlib
 import copy  # NORM report: diagnostics work on copies
 import itertools
 import json
 import math
+import random
 import re
 import signal
 import sys
@@ -36,7 +38,7 @@ from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -51,6 +53,9 @@ from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: all that the 
 
 ACTIVATION = nn.Tanh  # of hidden layers
 torch.distributions.Distribution.set_default_validate_args(False)  # divergence is a result
+# NORM begin: flag: the choices of --norm
+Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
+# NORM end
 
 # ------------------------------------------------------------------------------------------- Args
 
@@ -63,13 +68,15 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
     eval_every: int = 50_000  # steps between evaluations; 0 for one at the end only
     eval_episodes: int = 10  # episodes of an evaluation, without noise, from the same starts
+    max_episode_steps: int = 0  # 0: the environment's own limit, or 10000 where it sets none
+    capture_video: bool = False  # record the episodes of evaluations in the run's videos/
     run_dir: str = ""  # folder of the run; default: a new one in runs/<env>/<script>
     save_every: int = 200_000  # steps between checkpoints, after which all episodes begin anew
     resume: str = ""  # folder of a run to continue with its options, or to a higher total_steps
     # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
 
-    # what normalizes: layers in the networks, or (zfilter, fixed) a filter on the observations
-    norm: Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"] = "none"
+    # what normalizes: layers in the networks, a filter (zfilter, fixed) on observations, or both
+    norm: tuple[Norm, ...] = ("none",)
     # where layers stand: on the input, before or after each hidden activation
     norm_position: tuple[Literal["input", "pre", "post"], ...] = ("post",)
     norm_net: Literal["both", "actor", "critic"] = "both"  # which network has the layers
@@ -99,6 +106,7 @@ class Args:
     max_grad_norm: float = 0.5  # longest gradient of a step; 0 for any length
 
     def __post_init__(self):
+        self.norm = (self.norm,) if isinstance(self.norm, str) else self.norm  # NORM flag: Python's
         check_options(self)
 
 
@@ -134,16 +142,17 @@ class BatchRenorm(nn.BatchNorm1d):
 
 def norm_layer(features, args):
     """Return the layer of --norm for inputs (n, features)."""
-    if args.norm == "layernorm":
+    if "layernorm" in args.norm:
         return nn.LayerNorm(features)
-    if args.norm == "batchnorm":
+    if "batchnorm" in args.norm:
         return nn.BatchNorm1d(features, momentum=args.bn_momentum)
     return BatchRenorm(features, args.bn_momentum, args.bn_warmup)
 
 
 def add_norm(net, name, args):
     """Return the layers of net with those of --norm at --norm-position, if it has any."""
-    if args.norm in ("none", "zfilter", "fixed") or args.norm_net not in ("both", name):
+    has_layer = {"batchnorm", "batchrenorm", "layernorm"} & {*args.norm}
+    if not has_layer or args.norm_net not in ("both", name):
         return net
     width, layers = net[0].in_features, []
     if "input" in args.norm_position:
@@ -317,49 +326,70 @@ def state_value(agent, obs, args):
 # ------------------------------------------------------------------------------------------ Train
 
 
-def make_env(args):
-    """Return one environment; it observes float32 vectors, and acts in [-1, 1] or discretely."""
-    env = gym.make(args.env)
-    space = env.action_space
-    if isinstance(space, gym.spaces.Box) and space.is_bounded():
-        low, high = space.low.ravel(), space.high.ravel()
+def make_env(args, run=None):
+    """Return an environment; it observes float32 vectors, and acts in [-1, 1], or discretely.
 
-        def to_bounds(action):
-            action = (low + high + action * (high - low)) / 2
-            return np.clip(action, low, high).reshape(space.shape)  # D4
-
-        env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
-    elif not isinstance(space, gym.spaces.Discrete):
+    run: whose videos/ shall hold its episodes, with --capture-video.
+    """
+    video = {"render_mode": "rgb_array"} if run and args.capture_video else {}
+    env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 10_000)
+        if run:  # once
+            print(f"{args.env} sets no time limit: episodes end after 10000 steps", flush=True)
+    if video:
+        folder, name = str(run.dir / "videos"), f"step{run.step}"
+        env = gym.wrappers.RecordVideo(env, folder, lambda episode: True, name_prefix=name)
+    obs_space, space = env.observation_space, env.action_space
+    if isinstance(space, gym.spaces.Discrete):
+        actions = gym.spaces.Discrete(space.n)
+    elif isinstance(space, gym.spaces.Box) and space.is_bounded():
+        low, high = np.float64(space.low).ravel(), np.float64(space.high).ravel()
+        actions = gym.spaces.Box(-1, 1, low.shape)
+    else:
         raise ValueError(f"--env {args.env} acts in {space}: choose discrete or bounded actions")
-    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    shape = (gym.spaces.flatdim(obs_space),)
+
+    def to_input(obs):
+        return gym.spaces.flatten(obs_space, obs).astype(np.float32)
+
+    def to_env(action):
+        if isinstance(space, gym.spaces.Discrete):
+            return action + space.start
+        action = np.clip((low + high + action * (high - low)) / 2, low, high)  # D4
+        return action.reshape(space.shape).astype(space.dtype)
+
+    box = gym.spaces.Box(-np.inf, np.inf, shape)
+    env = gym.wrappers.TransformObservation(env, to_input, box)
+    env = gym.wrappers.TransformAction(env, to_env, actions)
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="of this run")
 
 
-def make_envs(args, n):
-    """Return n environments that step together; each is reset by a mask when its episode ends."""
-    mode = gym.vector.AutoresetMode.DISABLED  # so a step returns the true last observation
-    return gym.vector.SyncVectorEnv([lambda: make_env(args)] * n, autoreset_mode=mode)
+def step_all(envs, actions):
+    """Step each environment; return observations, rewards, terminated and truncated, (n, ...)."""
+    steps = [env.step(action)[:4] for env, action in zip(envs, actions, strict=True)]
+    return [np.array(values) for values in zip(*steps, strict=True)]
 
 
-def make_agent(envs, args, device):
+def make_agent(env, args, device):
     """Return networks and their optimizer."""
-    obs_dim = envs.single_observation_space.shape[0]
+    obs_dim = env.observation_space.shape[0]
     agent = SimpleNamespace(device=device)
-    agent.actor = Actor(obs_dim, envs.single_action_space, args).to(device)
+    agent.actor = Actor(obs_dim, env.action_space, args).to(device)
     agent.critic = Critic(obs_dim, args).to(device)
     parameters = [*agent.actor.parameters(), *agent.critic.parameters()]
     agent.optimizer = Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
     # NORM begin: obs: what stands between an observation and the networks
     agent.obs_stat = RunningStat(obs_dim)  # of all states that training meets
     agent.obs_filter = ZFilter(obs_dim, demean=False, destd=False, clip=None)  # the identity
-    if args.norm == "zfilter":
+    if "zfilter" in args.norm:
         agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # which learns
-    if args.norm == "fixed":
+    if "fixed" in args.norm:
         agent.obs_filter = ZFilter(obs_dim)  # which never does
         if not args.resume:  # a checkpoint holds the statistics, too
             agent.obs_filter.stat.load(args.norm_stats, env=args.env)
+    agent.reward_scale = RewardScale(args.num_envs, args.gamma)  # for --reward-norm
     # NORM end
-    agent.reward_scale = RewardScale(args.num_envs, args.gamma)  # NORM reward: for --reward-norm
     return agent
 
 
@@ -368,11 +398,15 @@ def train(args):
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     seeds = [int(x) for x in np.random.SeedSequence(args.seed).generate_state(2 + args.num_envs)]
     torch.manual_seed(seeds[0])
+    random.seed(seeds[0])
+    np.random.seed(seeds[0])
     rng = np.random.default_rng(seeds[1])
-    envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes)
-    envs.reset(seed=seeds[2:])
-    agent = make_agent(envs, args, device)
-    run = Run(args, agent, [rng, *(env.unwrapped.np_random for env in envs.envs)])
+    envs = [make_env(args) for _ in range(args.num_envs)]
+    for env, seed in zip(envs, seeds[2:], strict=True):
+        env.reset(seed=seed)
+    agent = make_agent(envs[0], args, device)
+    run = Run(args, agent, [rng, *(env.unwrapped.np_random for env in envs)])
+    eval_envs = [make_env(args, None if k else run) for k in range(args.eval_episodes)]
     obs = None
     try:
         while run.step < args.total_steps:
@@ -380,7 +414,7 @@ def train(args):
             rate = args.learning_rate * (1 - run.step / args.total_steps)  # D5
             agent.optimizer.param_groups[0]["lr"] = rate
             if obs is None:  # all episodes begin
-                obs, _ = envs.reset()
+                obs = np.array([env.reset()[0] for env in envs])
                 agent.obs_stat.push(obs)  # NORM obs: each observation of training counts once
                 agent.reward_scale.sums[:] = 0  # NORM reward: of episodes that begin
             for _ in range(args.num_steps):
@@ -388,7 +422,7 @@ def train(args):
                 seen, policy, value = explore(agent, obs, args)
                 action = policy.sample()
                 # step
-                next_obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
+                next_obs, reward, terminated, truncated = step_all(envs, action.cpu().numpy())
                 if not np.isfinite([*reward, *next_obs.flat]).all():
                     raise FloatingPointError("an observation or reward is not finite")
                 agent.obs_stat.push(next_obs)  # NORM obs: in evaluation none does
@@ -404,10 +438,10 @@ def train(args):
                     reward = reward + args.gamma * timed_out * after  # D1
                 arrays = torch.as_tensor(np.float32([reward, done]), device=device)
                 steps.append(Rollout(seen, action, policy.log_prob(action), value, *arrays))
-                if done.any():
-                    returns += [envs.envs[k].return_queue[-1] for k in np.flatnonzero(done)]
-                    next_obs, _ = envs.reset(options={"reset_mask": done})
-                    agent.obs_stat.push(next_obs[done])  # NORM obs: an episode's first one, too
+                for k in np.flatnonzero(done):
+                    returns.append(envs[k].return_queue[-1])
+                    next_obs[k], _ = envs[k].reset()
+                    agent.obs_stat.push(next_obs[k])  # NORM obs: an episode's first one, too
                 obs = next_obs
             # learn
             rollout = Rollout(*map(torch.stack, zip(*steps, strict=True)))
@@ -429,26 +463,40 @@ def train(args):
         run.save()
     except FloatingPointError as error:
         return run.finish(f"diverged at step {run.step}: {error}")
+    finally:
+        for env in envs + eval_envs:
+            env.close()
     return run.finish()
 
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
 
 
+@contextlib.contextmanager
+def generators_kept():
+    """Leave the global generators of Python, numpy and torch as they were."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(state)
+    np.random.set_state(numpy_state)
+
+
+@generators_kept()
 def evaluate(agent, envs, args):
     """Play an episode in each environment, from the same starts each time, and learn nothing.
 
     Returns the return of each episode, (n,), and {name: value} to report beside them.
     """
-    obs, _ = envs.reset(seed=1_000_000)
-    returns, playing = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    obs = np.array([env.reset(seed=1_000_000 + k)[0] for k, env in enumerate(envs)])
+    returns, playing = np.zeros(len(envs)), np.ones(len(envs), bool)
     while playing.any():
-        obs, reward, terminated, truncated, _ = envs.step(act(agent, obs))
+        obs, reward, terminated, truncated = step_all(envs, act(agent, obs))
         returns[playing] += reward[playing]
         done = terminated | truncated
         playing &= ~done
-        if done.any():
-            obs, _ = envs.reset(options={"reset_mask": done})
+        for k in np.flatnonzero(done):
+            obs[k], _ = envs[k].reset()
     return returns, {}
 
 
@@ -483,26 +531,46 @@ def norm_scalars(agent, batch):
 
 def check_options(args):
     """Raise ValueError, which tyro shows, for options that cannot work or would change nothing."""
-    is_batch = args.norm in ("batchnorm", "batchrenorm")  # NORM flag: see below
+    for name, kind in Args.__annotations__.items():  # tyro checks this too, Python does not
+        if get_origin(kind) is Literal and getattr(args, name) not in get_args(kind):
+            raise ValueError(f"--{name.replace('_', '-')} takes one of {get_args(kind)}")
+    # NORM begin: flag: see below
+    layers = [x for x in args.norm if x in ("batchnorm", "batchrenorm", "layernorm")]
+    filters = [x for x in args.norm if x in ("zfilter", "fixed")]
+    one_each = max(len(layers), len(filters)) <= 1 and len(layers + filters) == len(args.norm)
+    places = [x for x in ("input", "pre", "post") if x in args.norm_position]
+    is_batch = layers not in ([], ["layernorm"])
+    # NORM end
     steps = args.num_envs * args.num_steps
     sizes = steps % args.minibatches == 0 and steps >= 2 * args.minibatches
     needs = [  # options, what they need, whether it is there
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
         ("num_envs num_steps minibatches", "equal minibatches of 2 or more", sizes),
         # NORM begin: flag: an option that would change nothing is a mistake
-        ("norm_position norm_net", "a layer", is_batch or args.norm == "layernorm"),
+        ("norm", "one layer, one filter, or one of each", one_each),
+        ("norm_position norm_net", "a normalization layer", layers),
+        ("norm_position", "input, pre or post, each once", len(places) == len(args.norm_position)),
         ("bn_momentum bn_rollout bn_update", "batch norm", is_batch),
         ("bn_momentum", "train mode", "train" in (args.bn_rollout, args.bn_update)),
-        ("bn_warmup", "--norm batchrenorm", args.norm == "batchrenorm"),
+        ("bn_warmup", "--norm batchrenorm", "batchrenorm" in args.norm),
         ("num_envs", "2 or more for batch norm", args.num_envs > 1 or not is_batch),
-        ("norm_stats", "--norm fixed", args.norm == "fixed"),
-        ("norm", "--norm-stats if it is fixed", args.norm_stats or args.norm != "fixed"),
+        ("norm_stats", "--norm fixed", "fixed" in args.norm),
+        ("norm", "--norm-stats if it is fixed", args.norm_stats or "fixed" not in args.norm),
         # NORM end
     ]
     for names, what, is_there in needs:
         for name in names.split():
             if getattr(args, name) != getattr(Args, name) and not is_there:
                 raise ValueError(f"--{name.replace('_', '-')} needs {what}")
+
+
+def is_savable(generator):
+    """Whether a checkpoint can hold the generator's state."""
+    try:
+        json.dumps(generator.bit_generator.state, default=np.ndarray.tolist)
+    except (AttributeError, TypeError):  # numpy's old RandomState, or a class of somebody's own
+        return False
+    return True
 
 
 def write(path, save):
@@ -516,7 +584,8 @@ class Run:
     """The files of a run, and its progress; it knows nothing of algorithms."""
 
     def __init__(self, args, agent, generators):
-        self.args, self.agent, self.generators = args, agent, generators
+        self.args, self.agent = args, agent
+        self.generators = [x for x in generators if is_savable(x)]
         self.step, self.updates, self.evals, self.saved = 0, 0, [], 0
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}"
         # NORM begin: flag: the folder's name says how the run is normalized
@@ -539,13 +608,16 @@ class Run:
         self.writer.add_custom_scalars({"Normalization": panel})  # NORM report: that comes first
         self.bar = tqdm(total=args.total_steps, initial=self.step, unit="step", disable=None)
         print(f"run: {self.dir}", flush=True)
+        if len(self.generators) < len(generators):
+            print("the environment's np_random cannot be saved: --resume will not be to the bit")
         self.save()  # from now on a kill loses nothing that --resume cannot bring back
 
     def log(self, scalars):
         """Write {name: value} to the events; raise FloatingPointError if one is not finite."""
         self.bar.update(self.step - self.bar.n)
         for name, value in scalars.items():
-            self.writer.add_scalar(name, float(value), self.step)
+            value = torch.as_tensor(value).item()
+            self.writer.add_scalar(name, value, self.step)
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}")
 
@@ -561,8 +633,10 @@ class Run:
         parts = {k: part for k, part in vars(self.agent).items() if hasattr(part, "state_dict")}
         state = {"args": asdict(self.args), "progress": (self.step, self.updates, self.evals)}
         state["agent"] = {name: part.state_dict() for name, part in parts.items()}
+        numbers = [generator.bit_generator.state for generator in self.generators]
+        numbers = [random.getstate(), np.random.get_state(legacy=False), *numbers]
+        state["random"] = json.dumps(numbers, default=np.ndarray.tolist)
         state["torch"] = torch.get_rng_state()
-        state["numpy"] = [generator.bit_generator.state for generator in self.generators]
         # NORM begin: save: for people, and for --norm fixed
         write(self.dir / "obs_stats.npz", lambda x: self.agent.obs_stat.save(x, env=self.args.env))
         # NORM end
@@ -574,7 +648,7 @@ class Run:
         """Restore what `save` wrote; nothing in the file is executed."""
         state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         free = "total_steps", "device", "eval_every", "eval_episodes"
-        free += "run_dir", "save_every", "resume"
+        free += "run_dir", "save_every", "resume", "capture_video"
         for name, value in vars(self.args).items():
             if name not in free and state["args"].get(name) != value:
                 raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
@@ -583,7 +657,10 @@ class Run:
         self.step, self.updates, self.evals = state["progress"]
         self.saved = self.step
         torch.set_rng_state(state["torch"])
-        for generator, saved in zip(self.generators, state["numpy"], strict=True):
+        (version, words, gauss), numpy_state, *numbers = json.loads(state["random"])
+        random.setstate((version, tuple(words), gauss))
+        np.random.set_state(numpy_state)
+        for generator, saved in zip(self.generators, numbers, strict=True):
             generator.bit_generator.state = saved
 
     def finish(self, *diverged):
@@ -597,14 +674,34 @@ class Run:
         return result
 
 
+def saved_args(run_dir, device="auto"):
+    """Return the options of a run, to resume it."""
+    saved = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["args"]
+    saved = {name: value for name, value in saved.items() if name in Args.__annotations__}
+    return Args(**saved | {"resume": str(run_dir), "device": device})
+
+
+def load_policy(run_dir):
+    """Return a function from an observation of the plain environment to an action in its units."""
+    args = saved_args(run_dir, device="cpu")
+    env = make_env(args)
+    agent = make_agent(env, args, "cpu")
+    parts = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["agent"]
+    agent.actor.load_state_dict(parts["actor"])
+    agent.obs_filter.load_state_dict(parts["obs_filter"])  # NORM save: the policy's statistics
+
+    def policy(obs):
+        obs = env.get_wrapper_attr("observation")(obs)
+        return env.get_wrapper_attr("action")(act(agent, obs[None])[0])
+
+    return policy
+
+
 def parse():
     """Return the options of the command line; with --resume the others are those of the run."""
     args = tyro.cli(Args)
     if args.resume:
-        path = Path(args.resume, "checkpoint.pt")
-        saved = torch.load(path, "cpu", mmap=True, weights_only=True)["args"]
-        saved |= {"resume": args.resume, "device": args.device}
-        args = tyro.cli(Args, default=Args(**{k: v for k, v in saved.items() if k in vars(args)}))
+        args = tyro.cli(Args, default=saved_args(args.resume, args.device))
     return args
 
 

@@ -24,10 +24,12 @@ D7  Reward-to-go (Sutton et al. 2000) less a baseline V(s), as it was when actin
     --critic-steps gradient steps fit it (Spinning Up). The factor gamma^t is left out, as usual.
 """
 
+import contextlib
 import copy  # NORM report: diagnostics work on copies
 import itertools
 import json
 import math
+import random
 import re
 import signal
 import sys
@@ -37,7 +39,7 @@ from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -52,6 +54,9 @@ from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: all that the 
 
 ACTIVATION = nn.ReLU  # of hidden layers
 torch.distributions.Distribution.set_default_validate_args(False)  # divergence is a result
+# NORM begin: flag: the choices of --norm
+Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
+# NORM end
 
 # ------------------------------------------------------------------------------------------- Args
 
@@ -64,13 +69,15 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
     eval_every: int = 20_000  # steps between evaluations; 0 for one at the end only
     eval_episodes: int = 10  # episodes of an evaluation, without noise, from the same starts
+    max_episode_steps: int = 0  # 0: the environment's own limit, or 10000 where it sets none
+    capture_video: bool = False  # record the episodes of evaluations in the run's videos/
     run_dir: str = ""  # folder of the run; default: a new one in runs/<env>/<script>
     save_every: int = 50_000  # steps between checkpoints, which wait for the end of an iteration
     resume: str = ""  # folder of a run to continue with its options, or to a higher total_steps
     # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
 
-    # what normalizes: layers in the networks, or (zfilter, fixed) a filter on the observations
-    norm: Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"] = "none"
+    # what normalizes: layers in the networks, a filter (zfilter, fixed) on observations, or both
+    norm: tuple[Norm, ...] = ("none",)
     # where layers stand: on the input, before or after each hidden activation
     norm_position: tuple[Literal["input", "pre", "post"], ...] = ("post",)
     norm_net: Literal["both", "actor", "critic"] = "both"  # which network has the layers
@@ -98,6 +105,7 @@ class Args:
     max_grad_norm: float = 0.0  # longest gradient of a step; 0 for any length
 
     def __post_init__(self):
+        self.norm = (self.norm,) if isinstance(self.norm, str) else self.norm  # NORM flag: Python's
         check_options(self)
 
 
@@ -134,9 +142,9 @@ class BatchRenorm(nn.BatchNorm1d):
 def norm_layer(layer, args, features=None):
     """Return the layer of --norm for what this layer puts out, or for so many features."""
     features, is_image = features or layer.weight.shape[0], isinstance(layer, nn.Conv2d)
-    if args.norm == "layernorm":
+    if "layernorm" in args.norm:
         return nn.GroupNorm(1, features) if is_image else nn.LayerNorm(features)
-    if args.norm == "batchnorm":
+    if "batchnorm" in args.norm:
         kind = nn.BatchNorm2d if is_image else nn.BatchNorm1d
         return kind(features, momentum=args.bn_momentum)
     return BatchRenorm(features, args.bn_momentum, args.bn_warmup)
@@ -144,7 +152,8 @@ def norm_layer(layer, args, features=None):
 
 def add_norm(net, name, args):
     """Return the layers of net with those of --norm at --norm-position, if it has any."""
-    if args.norm in ("none", "zfilter", "fixed") or args.norm_net not in ("both", name):
+    has_layer = {"batchnorm", "batchrenorm", "layernorm"} & {*args.norm}
+    if not has_layer or args.norm_net not in ("both", name):
         return net
     last, layers = net[0], []
     if "input" in args.norm_position:
@@ -309,55 +318,79 @@ def state_value(agent, obs, args):
 # ------------------------------------------------------------------------------------------ Train
 
 
-def make_env(args):
-    """Return one environment; it observes float32 vectors, and acts in [-1, 1] or discretely."""
-    env = gym.make(args.env)
-    space = env.action_space
-    if isinstance(space, gym.spaces.Box) and space.is_bounded():
-        low, high = space.low.ravel(), space.high.ravel()
+def make_env(args, run=None):
+    """Return an environment; it observes float32 vectors, and acts in [-1, 1], or discretely.
 
-        def to_bounds(action):
-            action = (low + high + action * (high - low)) / 2
-            return np.clip(action, low, high).reshape(space.shape)  # D4
-
-        env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
-    elif not isinstance(space, gym.spaces.Discrete):
+    run: whose videos/ shall hold its episodes, with --capture-video.
+    """
+    video = {"render_mode": "rgb_array"} if run and args.capture_video else {}
+    env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 10_000)
+        if run:  # once
+            print(f"{args.env} sets no time limit: episodes end after 10000 steps", flush=True)
+    if video:
+        folder, name = str(run.dir / "videos"), f"step{run.step}"
+        env = gym.wrappers.RecordVideo(env, folder, lambda episode: True, name_prefix=name)
+    obs_space, space = env.observation_space, env.action_space
+    if isinstance(space, gym.spaces.Discrete):
+        actions = gym.spaces.Discrete(space.n)
+    elif isinstance(space, gym.spaces.Box) and space.is_bounded():
+        low, high = np.float64(space.low).ravel(), np.float64(space.high).ravel()
+        actions = gym.spaces.Box(-1, 1, low.shape)
+    else:
         raise ValueError(f"--env {args.env} acts in {space}: choose discrete or bounded actions")
     if args.network == "cnn":
-        height, width, channels = env.observation_space.shape
-        box = gym.spaces.Box(-np.inf, np.inf, (channels, height, width))
-        env = gym.wrappers.TransformObservation(env, lambda x: np.moveaxis(x, -1, 0).copy(), box)
+        if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 3:
+            raise ValueError(f"--env {args.env} observes {obs_space}, --network cnn needs images")
+        first = obs_space.shape[0] < obs_space.shape[2]  # channels are fewer than rows and columns
+        shape = np.empty(obs_space.shape) if first else np.moveaxis(np.empty(obs_space.shape), 2, 0)
+        shape, unit = shape.shape, 255 if obs_space.dtype == np.uint8 else 1
     else:
-        env = gym.wrappers.FlattenObservation(env)
-    env = gym.wrappers.DtypeObservation(env, np.float32)
-    return gym.wrappers.RecordEpisodeStatistics(env)
+        shape = (gym.spaces.flatdim(obs_space),)
+
+    def to_input(obs):
+        if args.network == "cnn":
+            return np.float32(obs if first else np.moveaxis(obs, 2, 0)) / unit
+        return gym.spaces.flatten(obs_space, obs).astype(np.float32)
+
+    def to_env(action):
+        if isinstance(space, gym.spaces.Discrete):
+            return action + space.start
+        action = np.clip((low + high + action * (high - low)) / 2, low, high)  # D4
+        return action.reshape(space.shape).astype(space.dtype)
+
+    box = gym.spaces.Box(-np.inf, np.inf, shape)
+    env = gym.wrappers.TransformObservation(env, to_input, box)
+    env = gym.wrappers.TransformAction(env, to_env, actions)
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="of this run")
 
 
-def make_envs(args, n):
-    """Return n environments that step together; each is reset by a mask when its episode ends."""
-    mode = gym.vector.AutoresetMode.DISABLED  # so a step returns the true last observation
-    return gym.vector.SyncVectorEnv([lambda: make_env(args)] * n, autoreset_mode=mode)
+def step_all(envs, actions):
+    """Step each environment; return observations, rewards, terminated and truncated, (n, ...)."""
+    steps = [env.step(action)[:4] for env, action in zip(envs, actions, strict=True)]
+    return [np.array(values) for values in zip(*steps, strict=True)]
 
 
-def make_agent(envs, args, device):
+def make_agent(env, args, device):
     """Return networks and their optimizers."""
-    obs_shape = envs.single_observation_space.shape
+    obs_shape = env.observation_space.shape
     agent = SimpleNamespace(device=device)
-    agent.actor = Actor(obs_shape, envs.single_action_space, args).to(device)
+    agent.actor = Actor(obs_shape, env.action_space, args).to(device)
     agent.critic = Critic(obs_shape, args).to(device)
     agent.actor_optimizer = Adam(agent.actor.parameters(), args.actor_lr, eps=1e-5, fused=True)
     agent.critic_optimizer = Adam(agent.critic.parameters(), args.critic_lr, eps=1e-5, fused=True)
     # NORM begin: obs: what stands between an observation and the networks
     agent.obs_stat = RunningStat(obs_shape)  # of all states that training meets
     agent.obs_filter = ZFilter(obs_shape, demean=False, destd=False, clip=None)  # the identity
-    if args.norm == "zfilter":
+    if "zfilter" in args.norm:
         agent.obs_filter = ZFilter(obs_shape, stat=agent.obs_stat)  # which learns
-    if args.norm == "fixed":
+    if "fixed" in args.norm:
         agent.obs_filter = ZFilter(obs_shape)  # which never does
         if not args.resume:  # a checkpoint holds the statistics, too
             agent.obs_filter.stat.load(args.norm_stats, env=args.env)
+    agent.reward_scale = RewardScale(args.num_envs, args.gamma)  # for --reward-norm
     # NORM end
-    agent.reward_scale = RewardScale(args.num_envs, args.gamma)  # NORM reward: for --reward-norm
     return agent
 
 
@@ -366,16 +399,20 @@ def train(args):
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     seeds = [int(x) for x in np.random.SeedSequence(args.seed).generate_state(2 + args.num_envs)]
     torch.manual_seed(seeds[0])
-    envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes)
-    envs.reset(seed=seeds[2:])
-    agent = make_agent(envs, args, device)
-    run = Run(args, agent, [env.unwrapped.np_random for env in envs.envs])
+    random.seed(seeds[0])
+    np.random.seed(seeds[0])
+    envs = [make_env(args) for _ in range(args.num_envs)]
+    for env, seed in zip(envs, seeds[2:], strict=True):
+        env.reset(seed=seed)
+    agent = make_agent(envs[0], args, device)
+    run = Run(args, agent, [env.unwrapped.np_random for env in envs])
+    eval_envs = [make_env(args, None if k else run) for k in range(args.eval_episodes)]
     try:
         while run.step < args.total_steps:
             before, steps, returns = run.step, [], []
             rate = args.actor_lr * (1 - run.step / args.total_steps)  # D5
             agent.actor_optimizer.param_groups[0]["lr"] = rate
-            obs, _ = envs.reset()
+            obs = np.array([env.reset()[0] for env in envs])
             agent.obs_stat.push(obs)  # NORM obs: each observation of training counts once
             agent.reward_scale.sums[:] = 0  # NORM reward: of episodes that begin
             playing = np.ones(args.num_envs, bool)
@@ -385,7 +422,7 @@ def train(args):
                 seen, policy, value = explore(agent, obs, args)
                 action = policy.sample()
                 # step
-                next_obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
+                next_obs, reward, terminated, truncated = step_all(envs, action.cpu().numpy())
                 if not np.isfinite([*reward, *next_obs.flat]).all():
                     raise FloatingPointError("an observation or reward is not finite")
                 agent.obs_stat.push(next_obs)  # NORM obs: in evaluation none does
@@ -402,12 +439,11 @@ def train(args):
                 arrays = torch.as_tensor(np.float32([reward, done, playing]), device=device)
                 steps.append(Rollout(seen, action, value, *arrays))
                 log_probs.append(policy.log_prob(action))  # NORM report: for first_ratio
-                if done.any():
-                    ended = np.flatnonzero(playing & done)
-                    returns += [envs.envs[k].return_queue[-1] for k in ended]
-                    playing &= ~done
-                    next_obs, _ = envs.reset(options={"reset_mask": done})
-                    agent.obs_stat.push(next_obs[done])  # NORM obs: an episode's first one, too
+                for k in np.flatnonzero(done):
+                    returns += [envs[k].return_queue[-1]] if playing[k] else []
+                    next_obs[k], _ = envs[k].reset()
+                    agent.obs_stat.push(next_obs[k])  # NORM obs: an episode's first one, too
+                playing &= ~done
                 obs = next_obs
             # learn
             rollout = Rollout(*map(torch.stack, zip(*steps, strict=True)))
@@ -427,32 +463,48 @@ def train(args):
                 run.evaluate(*evaluate(agent, eval_envs, args))
             if run.step // args.save_every > run.saved // args.save_every:
                 run.save()
-        if args.norm in ("batchnorm", "batchrenorm"):  # NORM report: what its two modes make of it
+        if {"batchnorm", "batchrenorm"} & {
+            *args.norm
+        }:  # NORM report: what its two modes make of it
             run.log(returns_by_mode(agent, args, batch))  # NORM report: and recalibrates
         run.evaluate(*evaluate(agent, eval_envs, args))
         run.save()
     except FloatingPointError as error:
         return run.finish(f"diverged at step {run.step}: {error}")
+    finally:
+        for env in envs + eval_envs:
+            env.close()
     return run.finish()
 
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
 
 
+@contextlib.contextmanager
+def generators_kept():
+    """Leave the global generators of Python, numpy and torch as they were."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(state)
+    np.random.set_state(numpy_state)
+
+
+@generators_kept()
 def evaluate(agent, envs, args):
     """Play an episode in each environment, from the same starts each time, and learn nothing.
 
     Returns the return of each episode, (n,), and {name: value} to report beside them.
     """
-    obs, _ = envs.reset(seed=1_000_000)
-    returns, playing = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    obs = np.array([env.reset(seed=1_000_000 + k)[0] for k, env in enumerate(envs)])
+    returns, playing = np.zeros(len(envs)), np.ones(len(envs), bool)
     while playing.any():
-        obs, reward, terminated, truncated, _ = envs.step(act(agent, obs))
+        obs, reward, terminated, truncated = step_all(envs, act(agent, obs))
         returns[playing] += reward[playing]
         done = terminated | truncated
         playing &= ~done
-        if done.any():
-            obs, _ = envs.reset(options={"reset_mask": done})
+        for k in np.flatnonzero(done):
+            obs[k], _ = envs[k].reset()
     return returns, {}
 
 
@@ -489,7 +541,7 @@ def returns_by_mode(agent, args, batch):
     """
     if args.norm_net == "critic":
         return {}  # the policy has no modes
-    envs, actor, scalars = make_envs(args, args.num_envs), agent.actor, {}
+    envs, actor, scalars = [make_env(args) for _ in range(args.num_envs)], agent.actor, {}
     scalars["norm/return_eval_mode"] = np.mean(evaluate(agent, envs, args)[0])
     agent.actor = InTrainMode(actor)
     scalars["norm/return_train_mode"] = np.mean(evaluate(agent, envs, args)[0])
@@ -519,10 +571,15 @@ class InTrainMode(nn.Module):
 
 def check_options(args):
     """Raise ValueError, which tyro shows, for options that cannot work or would change nothing."""
-    is_image = args.network == "cnn"
+    for name, kind in Args.__annotations__.items():  # tyro checks this too, Python does not
+        if get_origin(kind) is Literal and getattr(args, name) not in get_args(kind):
+            raise ValueError(f"--{name.replace('_', '-')} takes one of {get_args(kind)}")
     # NORM begin: flag: see below
-    is_batch = args.norm in ("batchnorm", "batchrenorm")
-    is_layer = is_batch or args.norm == "layernorm"
+    layers = [x for x in args.norm if x in ("batchnorm", "batchrenorm", "layernorm")]
+    filters = [x for x in args.norm if x in ("zfilter", "fixed")]
+    one_each = max(len(layers), len(filters)) <= 1 and len(layers + filters) == len(args.norm)
+    places = [x for x in ("input", "pre", "post") if x in args.norm_position]
+    is_batch = layers not in ([], ["layernorm"])
     inputs = args.network != "linear" or args.norm_position == ("input",)
     modes = args.bn_rollout, args.bn_update
     # NORM end
@@ -530,22 +587,37 @@ def check_options(args):
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
         ("hidden_sizes", "hidden layers", args.network != "linear"),
         # NORM begin: flag: an option that would change nothing is a mistake
-        ("norm_position norm_net", "a layer", is_layer),
+        ("norm", "one layer, one filter, or one of each", one_each),
+        ("norm_position norm_net", "a normalization layer", layers),
+        ("norm_position", "input, pre or post, each once", len(places) == len(args.norm_position)),
         ("bn_momentum bn_rollout bn_update bn_recalibrate", "batch norm", is_batch),
         ("bn_momentum", "a pass in train mode", args.bn_recalibrate or "train" in modes),
         ("bn_recalibrate", "it in the actor", args.norm_net != "critic"),
-        ("norm", "--norm-position input in a linear network", not is_layer or inputs),
-        ("network", "batch norm that knows images", not (is_image and args.norm == "batchrenorm")),
-        ("bn_warmup", "--norm batchrenorm", args.norm == "batchrenorm"),
+        ("norm", "--norm-position input in a linear network", inputs or not layers),
+        (
+            "network",
+            "batch norm that knows images",
+            args.network != "cnn" or "batchrenorm" not in args.norm,
+        ),
+        ("bn_warmup", "--norm batchrenorm", "batchrenorm" in args.norm),
         ("num_envs", "2 or more for batch norm", args.num_envs > 1 or not is_batch),
-        ("norm_stats", "--norm fixed", args.norm == "fixed"),
-        ("norm", "--norm-stats if it is fixed", args.norm_stats or args.norm != "fixed"),
+        ("norm_stats", "--norm fixed", "fixed" in args.norm),
+        ("norm", "--norm-stats if it is fixed", args.norm_stats or "fixed" not in args.norm),
         # NORM end
     ]
     for names, what, is_there in needs:
         for name in names.split():
             if getattr(args, name) != getattr(Args, name) and not is_there:
                 raise ValueError(f"--{name.replace('_', '-')} needs {what}")
+
+
+def is_savable(generator):
+    """Whether a checkpoint can hold the generator's state."""
+    try:
+        json.dumps(generator.bit_generator.state, default=np.ndarray.tolist)
+    except (AttributeError, TypeError):  # numpy's old RandomState, or a class of somebody's own
+        return False
+    return True
 
 
 def write(path, save):
@@ -559,7 +631,8 @@ class Run:
     """The files of a run, and its progress; it knows nothing of algorithms."""
 
     def __init__(self, args, agent, generators):
-        self.args, self.agent, self.generators = args, agent, generators
+        self.args, self.agent = args, agent
+        self.generators = [x for x in generators if is_savable(x)]
         self.step, self.updates, self.evals, self.saved = 0, 0, [], 0
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}"
         # NORM begin: flag: the folder's name says how the run is normalized
@@ -582,13 +655,16 @@ class Run:
         self.writer.add_custom_scalars({"Normalization": panel})  # NORM report: that comes first
         self.bar = tqdm(total=args.total_steps, initial=self.step, unit="step", disable=None)
         print(f"run: {self.dir}", flush=True)
+        if len(self.generators) < len(generators):
+            print("the environment's np_random cannot be saved: --resume will not be to the bit")
         self.save()  # from now on a kill loses nothing that --resume cannot bring back
 
     def log(self, scalars):
         """Write {name: value} to the events; raise FloatingPointError if one is not finite."""
         self.bar.update(self.step - self.bar.n)
         for name, value in scalars.items():
-            self.writer.add_scalar(name, float(value), self.step)
+            value = torch.as_tensor(value).item()
+            self.writer.add_scalar(name, value, self.step)
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}")
 
@@ -604,8 +680,10 @@ class Run:
         parts = {k: part for k, part in vars(self.agent).items() if hasattr(part, "state_dict")}
         state = {"args": asdict(self.args), "progress": (self.step, self.updates, self.evals)}
         state["agent"] = {name: part.state_dict() for name, part in parts.items()}
+        numbers = [generator.bit_generator.state for generator in self.generators]
+        numbers = [random.getstate(), np.random.get_state(legacy=False), *numbers]
+        state["random"] = json.dumps(numbers, default=np.ndarray.tolist)
         state["torch"] = torch.get_rng_state()
-        state["numpy"] = [generator.bit_generator.state for generator in self.generators]
         # NORM begin: save: for people, and for --norm fixed
         write(self.dir / "obs_stats.npz", lambda x: self.agent.obs_stat.save(x, env=self.args.env))
         # NORM end
@@ -617,7 +695,7 @@ class Run:
         """Restore what `save` wrote; nothing in the file is executed."""
         state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         free = "total_steps", "device", "eval_every", "eval_episodes"
-        free += "run_dir", "save_every", "resume"
+        free += "run_dir", "save_every", "resume", "capture_video"
         for name, value in vars(self.args).items():
             if name not in free and state["args"].get(name) != value:
                 raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
@@ -626,7 +704,10 @@ class Run:
         self.step, self.updates, self.evals = state["progress"]
         self.saved = self.step
         torch.set_rng_state(state["torch"])
-        for generator, saved in zip(self.generators, state["numpy"], strict=True):
+        (version, words, gauss), numpy_state, *numbers = json.loads(state["random"])
+        random.setstate((version, tuple(words), gauss))
+        np.random.set_state(numpy_state)
+        for generator, saved in zip(self.generators, numbers, strict=True):
             generator.bit_generator.state = saved
 
     def finish(self, *diverged):
@@ -640,14 +721,34 @@ class Run:
         return result
 
 
+def saved_args(run_dir, device="auto"):
+    """Return the options of a run, to resume it."""
+    saved = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["args"]
+    saved = {name: value for name, value in saved.items() if name in Args.__annotations__}
+    return Args(**saved | {"resume": str(run_dir), "device": device})
+
+
+def load_policy(run_dir):
+    """Return a function from an observation of the plain environment to an action in its units."""
+    args = saved_args(run_dir, device="cpu")
+    env = make_env(args)
+    agent = make_agent(env, args, "cpu")
+    parts = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["agent"]
+    agent.actor.load_state_dict(parts["actor"])
+    agent.obs_filter.load_state_dict(parts["obs_filter"])  # NORM save: the policy's statistics
+
+    def policy(obs):
+        obs = env.get_wrapper_attr("observation")(obs)
+        return env.get_wrapper_attr("action")(act(agent, obs[None])[0])
+
+    return policy
+
+
 def parse():
     """Return the options of the command line; with --resume the others are those of the run."""
     args = tyro.cli(Args)
     if args.resume:
-        path = Path(args.resume, "checkpoint.pt")
-        saved = torch.load(path, "cpu", mmap=True, weights_only=True)["args"]
-        saved |= {"resume": args.resume, "device": args.device}
-        args = tyro.cli(Args, default=Args(**{k: v for k, v in saved.items() if k in vars(args)}))
+        args = tyro.cli(Args, default=saved_args(args.resume, args.device))
     return args
 
 

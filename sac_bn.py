@@ -23,10 +23,12 @@ D4  Learning rates are those of the SAC beside CrossQ. The paper's (Appendix D):
     --critic-lr 3e-4 --alpha-lr 3e-4
 """
 
+import contextlib
 import copy
 import itertools
 import json
 import math
+import random
 import re
 import signal
 import sys
@@ -36,7 +38,7 @@ from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -48,10 +50,13 @@ from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from zfilter import RunningStat, ZFilter  # NORM obs: the one file that the scripts share
+from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: all that the scripts share
 
 ACTIVATION = nn.ReLU  # of hidden layers
 torch.distributions.Distribution.set_default_validate_args(False)  # divergence is a result
+# NORM begin: flag: the choices of --norm
+Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
+# NORM end
 
 # ------------------------------------------------------------------------------------------- Args
 
@@ -64,25 +69,29 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
     eval_every: int = 10_000  # steps between evaluations; 0 for one at the end only
     eval_episodes: int = 5  # episodes of an evaluation, without noise, from the same starts
+    max_episode_steps: int = 0  # 0: the environment's own limit, or 10000 where it sets none
+    capture_video: bool = False  # record the episodes of evaluations in the run's videos/
     run_dir: str = ""  # folder of the run; default: a new one in runs/<env>/<script>
     save_every: int = 20_000  # steps between checkpoints, which wait for the end of an episode
     resume: str = ""  # folder of a run to continue with its options, or to a higher total_steps
     # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
 
-    # what normalizes: layers in the networks, or (zfilter, fixed) a filter on the observations
-    norm: Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"] = "none"
+    # what normalizes: layers in the networks, a filter (zfilter, fixed) on observations, or both
+    norm: tuple[Norm, ...] = ("none",)
     # where layers stand: on the input, before or after each hidden activation
     norm_position: tuple[Literal["input", "pre", "post"], ...] = ("post",)
     norm_net: Literal["both", "actor", "critic"] = "both"  # which network has the layers
     norm_stats: str = ""  # fixed: the obs_stats.npz of an earlier run
     bn_momentum: float = 0.1  # weight of the newest batch in running statistics (JAX: 1 - this)
     bn_warmup: int = 100_000  # batchrenorm: passes in train mode that are plain batch norm (CrossQ)
-    # target networks use the running statistics, copied from the live ones, or their own batch's
+    # the target critic uses the running statistics, copied from the live one, or its own batch's
     bn_target: Literal["eval", "train"] = "eval"
     # in the actor's loss the critic uses the statistics of the batch of the policy's actions, which
     # also move its running ones, or (eval) uses the running ones and moves nothing
     bn_policy_critic: Literal["train", "eval"] = "train"
     bn_joint: bool = False  # (s, a) and (s', a') pass the critic as one batch (CrossNorm, CrossQ)
+    weight_norm: bool = False  # keep the weights of each hidden unit at length 1 (XQC)
+    reward_norm: bool = False  # divide rewards by the running deviation of their discounted sums
     # NORM end
     learning_starts: int = 5_000  # steps of random actions, before the first update (D1)
     batch_size: int = 256  # transitions in an update
@@ -103,6 +112,7 @@ class Args:
     target_network: bool = True  # no: bootstrap from the live networks
 
     def __post_init__(self):
+        self.norm = (self.norm,) if isinstance(self.norm, str) else self.norm  # NORM flag: Python's
         check_options(self)
 
 
@@ -138,16 +148,17 @@ class BatchRenorm(nn.BatchNorm1d):
 
 def norm_layer(features, args):
     """Return the layer of --norm for inputs (n, features)."""
-    if args.norm == "layernorm":
+    if "layernorm" in args.norm:
         return nn.LayerNorm(features)
-    if args.norm == "batchnorm":
+    if "batchnorm" in args.norm:
         return nn.BatchNorm1d(features, momentum=args.bn_momentum)
     return BatchRenorm(features, args.bn_momentum, args.bn_warmup)
 
 
 def add_norm(net, name, args):
     """Return the layers of net with those of --norm at --norm-position, if it has any."""
-    if args.norm in ("none", "zfilter", "fixed") or args.norm_net not in ("both", name):
+    has_layer = {"batchnorm", "batchrenorm", "layernorm"} & {*args.norm}
+    if not has_layer or args.norm_net not in ("both", name):
         return net
     width, layers = net[0].in_features, []
     if "input" in args.norm_position:
@@ -160,6 +171,23 @@ def add_norm(net, name, args):
         if isinstance(layer, ACTIVATION) and "post" in args.norm_position:
             layers += [norm_layer(width, args)]
     return nn.Sequential(*layers)
+
+
+@torch.no_grad()
+def project_weights(net, name, args):
+    """Give the weights and the bias of each hidden unit, as one vector, length 1 (--weight-norm).
+
+    With batch norm behind, only the direction of a unit's weights matters, so a gradient step turns
+    it the less the longer it has grown. At length 1 the learning rate stays what it is set to.
+    """
+    if not args.weight_norm or args.norm_net not in ("both", name):
+        return
+    for layers in net.modules():
+        for layer in layers[:-1] if isinstance(layers, nn.Sequential) else ():  # all but the output
+            if isinstance(layer, nn.Linear):
+                length = torch.cat([layer.weight, layer.bias.unsqueeze(1)], dim=1).norm(dim=1)
+                layer.weight /= length.unsqueeze(1)
+                layer.bias /= length
 
 
 # NORM end
@@ -296,10 +324,12 @@ def update(agent, batch, updates, args):
     """Take step number `updates` with critics, actor, temperature, targets; return losses."""
     loss_q, q = critic_loss(agent, batch, args)
     gradient_step(agent.critic_optimizer, loss_q, args.max_grad_norm)
+    project_weights(agent.critic, "critic", args)  # NORM layer: --weight-norm
     losses = {"losses/critic": loss_q, "losses/q": q.mean()}
     if updates % args.policy_delay == 0:
         loss_pi, log_prob = actor_loss(agent, batch, args)
         gradient_step(agent.actor_optimizer, loss_pi, args.max_grad_norm)
+        project_weights(agent.actor, "actor", args)  # NORM layer: --weight-norm
         gradient_step(agent.alpha_optimizer, alpha_loss(agent, log_prob), 0.0)
         losses |= {"losses/actor": loss_pi, "losses/entropy": -log_prob.mean()}
         losses["losses/alpha"] = agent.log_alpha.exp()
@@ -348,9 +378,11 @@ class ReplayBuffer:
 def sample_batch(agent, rng, args):
     """Return a Batch from the replay as the networks take it."""
     batch = agent.buffer.sample(rng, args.batch_size)
-    # NORM begin: obs: the replay stays raw, and is filtered by the statistics of now
+    # NORM begin: obs: the replay stays raw, and is normalized by the statistics of now
     obs, next_obs = (agent.obs_filter(x, update=False) for x in (batch.obs, batch.next_obs))
     batch = batch._replace(obs=obs, next_obs=next_obs)
+    if args.reward_norm:
+        batch = batch._replace(reward=agent.reward_scale(batch.reward))
     # NORM end
     return Batch(*(torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in batch))
 
@@ -368,21 +400,36 @@ def act(agent, obs, explores=False):
 # ------------------------------------------------------------------------------------------ Train
 
 
-def make_env(args):
-    """Return the environment; it observes float32 vectors, and acts in [-1, 1]."""
-    env = gym.make(args.env)
-    space = env.action_space
+def make_env(args, run=None):
+    """Return an environment; it observes float32 vectors, and acts in [-1, 1].
+
+    run: whose videos/ shall hold its episodes, with --capture-video.
+    """
+    video = {"render_mode": "rgb_array"} if run and args.capture_video else {}
+    env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 10_000)
+        if run:  # once
+            print(f"{args.env} sets no time limit: episodes end after 10000 steps", flush=True)
+    if video:
+        folder, name = str(run.dir / "videos"), f"step{run.step}"
+        env = gym.wrappers.RecordVideo(env, folder, lambda episode: True, name_prefix=name)
+    obs_space, space = env.observation_space, env.action_space
     if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
         raise ValueError(f"--env {args.env} acts in {space}: choose bounded, continuous actions")
-    low, high = space.low.ravel(), space.high.ravel()
+    low, high = np.float64(space.low).ravel(), np.float64(space.high).ravel()
 
-    def to_bounds(action):
-        action = (low + high + action * (high - low)) / 2
-        return np.clip(action, low, high).reshape(space.shape)  # rounding may cross a bound
+    def to_vector(obs):
+        return gym.spaces.flatten(obs_space, obs).astype(np.float32)
 
+    def to_bounds(action):  # rounding may cross them, hence the clip
+        action = np.clip((low + high + action * (high - low)) / 2, low, high)
+        return action.reshape(space.shape).astype(space.dtype)
+
+    box = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(obs_space),))
+    env = gym.wrappers.TransformObservation(env, to_vector, box)
     env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
-    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="of this run")
 
 
 def make_agent(env, args, device):
@@ -391,6 +438,8 @@ def make_agent(env, args, device):
     agent = SimpleNamespace(device=device)
     agent.actor = Actor(obs_dim, action_dim, args).to(device)
     agent.critic = Critic(obs_dim, action_dim, args).to(device)
+    project_weights(agent.actor, "actor", args)  # NORM layer: before the targets are copied
+    project_weights(agent.critic, "critic", args)  # NORM layer: before the targets are copied
     agent.critic_target = copy.deepcopy(agent.critic) if args.target_network else agent.critic
     agent.temperature = nn.ParameterDict({"log_alpha": torch.zeros(())}).to(device)
     agent.log_alpha = agent.temperature["log_alpha"]  # so that alpha > 0
@@ -405,12 +454,13 @@ def make_agent(env, args, device):
     # NORM begin: obs: what stands between an observation and the networks
     agent.obs_stat = RunningStat(obs_dim)  # of all states that training meets
     agent.obs_filter = ZFilter(obs_dim, demean=False, destd=False, clip=None)  # the identity
-    if args.norm == "zfilter":
+    if "zfilter" in args.norm:
         agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # which learns
-    if args.norm == "fixed":
+    if "fixed" in args.norm:
         agent.obs_filter = ZFilter(obs_dim)  # which never does
         if not args.resume:  # a checkpoint holds the statistics, too
             agent.obs_filter.stat.load(args.norm_stats, env=args.env)
+    agent.reward_scale = RewardScale(1, args.gamma)  # for --reward-norm
     # NORM end
     return agent
 
@@ -420,12 +470,15 @@ def train(args):
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     seeds = [int(x) for x in np.random.SeedSequence(args.seed).generate_state(4)]
     torch.manual_seed(seeds[0])
+    random.seed(seeds[0])
+    np.random.seed(seeds[0])
     rng = np.random.default_rng(seeds[1])
-    env, eval_env = make_env(args), make_env(args)
+    env = make_env(args)
     env.reset(seed=seeds[2])
     env.action_space.seed(seeds[3])
     agent = make_agent(env, args, device)
     run = Run(args, agent, [rng, env.unwrapped.np_random, env.action_space.np_random])
+    eval_env = make_env(args, run)
     obs, losses = None, {}
     try:
         while run.step < args.total_steps:
@@ -442,6 +495,8 @@ def train(args):
             if not np.isfinite([*action, *next_obs, reward]).all():
                 raise FloatingPointError("an action, observation or reward is not finite")
             agent.obs_stat.push(next_obs)  # NORM obs: in evaluation and from the replay none does
+            done = terminated or truncated
+            agent.reward_scale.learn(reward, done)  # NORM reward: each reward counts once
             run.step += 1
             # store
             agent.buffer.add(obs, action, reward, next_obs, terminated)
@@ -457,7 +512,7 @@ def train(args):
             # report
             if args.eval_every and run.step % args.eval_every == 0 and run.step < args.total_steps:
                 run.evaluate(*evaluate(agent, eval_env, args))
-            if terminated or truncated:
+            if done:
                 run.log({"charts/episodic_return": env.return_queue[-1]})
                 if run.step // args.save_every > run.saved // args.save_every:
                     run.save()
@@ -466,12 +521,26 @@ def train(args):
         run.save()
     except FloatingPointError as error:
         return run.finish(f"diverged at step {run.step}: {error}")
+    finally:
+        env.close()
+        eval_env.close()
     return run.finish()
 
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
 
 
+@contextlib.contextmanager
+def generators_kept():
+    """Leave the global generators of Python, numpy and torch as they were."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(state)
+    np.random.set_state(numpy_state)
+
+
+@generators_kept()
 def evaluate(agent, env, args):
     """Play without noise, from the same starts each time, and learn nothing.
 
@@ -490,7 +559,7 @@ def evaluate(agent, env, args):
             rewards.append(reward)
             done = terminated or truncated
         returns.append(np.sum(rewards))
-        errors.extend(q_errors(agent, pairs, rewards, terminated, args.gamma))  # NORM report: of Q
+        errors.extend(q_errors(agent, pairs, rewards, terminated, args))  # NORM report: of Q
     if errors:  # NORM report: none if every episode was cut too early
         scalars["norm/q_bias"] = np.mean(errors)  # NORM report: see q_errors
     return returns, scalars
@@ -501,7 +570,7 @@ SCALARS = "norm/actor_grad", "norm/saturation", "norm/stat_lag", "norm/q_bias"
 
 
 @torch.no_grad()
-def q_errors(agent, pairs, rewards, terminated, gamma):
+def q_errors(agent, pairs, rewards, terminated, args):
     """Return (Q(s, a) - G) / max(|G|, 10) for the states of an episode, after REDQ's code.
 
     G is the discounted return that followed, with alpha times the entropy of all later actions; Q
@@ -509,16 +578,17 @@ def q_errors(agent, pairs, rewards, terminated, gamma):
     reward, Q lies below G without any error. Where a time-out cut the episode, the states are left
     out that have more than 1 % of G's weight behind the cut.
     """
+    if args.reward_norm:
+        rewards = agent.reward_scale(np.array(rewards))  # Q is of scaled ones
     obs, action = map(np.array, zip(*pairs, strict=True))
     inputs = agent.obs_filter(obs, update=False), action
     inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
-    with torch.random.fork_rng([0] if agent.device == "cuda" else []):  # training keeps its own
-        _, log_prob = agent.actor.eval().sample(inputs[0])
+    _, log_prob = agent.actor.eval().sample(inputs[0])
     bonus = -(agent.log_alpha.exp() * log_prob).cpu().numpy()
     q, g = agent.critic.eval()(*inputs).mean(1).cpu().numpy(), np.array([*rewards, 0.0])
     for t in reversed(range(len(q) - 1)):
-        g[t] += gamma * (g[t + 1] + bonus[t + 1])
-    known = terminated | (gamma ** np.arange(len(q), 0, -1) <= 0.01)
+        g[t] += args.gamma * (g[t + 1] + bonus[t + 1])
+    known = terminated | (args.gamma ** np.arange(len(q), 0, -1) <= 0.01)
     return ((q - g[:-1]) / np.maximum(np.abs(g[:-1]), 10))[known]
 
 
@@ -559,25 +629,45 @@ def norm_scalars(agent, batch):
 
 def check_options(args):
     """Raise ValueError, which tyro shows, for options that cannot work or would change nothing."""
-    is_batch = args.norm in ("batchnorm", "batchrenorm")  # NORM flag: see below
+    for name, kind in Args.__annotations__.items():  # tyro checks this too, Python does not
+        if get_origin(kind) is Literal and getattr(args, name) not in get_args(kind):
+            raise ValueError(f"--{name.replace('_', '-')} takes one of {get_args(kind)}")
+    # NORM begin: flag: see below
+    layers = [x for x in args.norm if x in ("batchnorm", "batchrenorm", "layernorm")]
+    filters = [x for x in args.norm if x in ("zfilter", "fixed")]
+    one_each = max(len(layers), len(filters)) <= 1 and len(layers + filters) == len(args.norm)
+    places = [x for x in ("input", "pre", "post") if x in args.norm_position]
+    is_batch = layers not in ([], ["layernorm"])
+    # NORM end
     needs = [  # options, what they need, whether it is there
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
         ("tau", "target networks", args.target_network),
         # NORM begin: flag: an option that would change nothing is a mistake
-        ("norm_position norm_net", "a layer", is_batch or args.norm == "layernorm"),
+        ("norm", "one layer, one filter, or one of each", one_each),
+        ("norm_position norm_net weight_norm", "a normalization layer", layers),
+        ("norm_position", "input, pre or post, each once", len(places) == len(args.norm_position)),
         ("bn_momentum bn_target bn_policy_critic bn_joint", "batch norm", is_batch),
         ("bn_policy_critic bn_joint bn_target", "it in the critic", args.norm_net != "actor"),
         ("bn_target", "target networks", args.target_network),
-        ("bn_warmup", "--norm batchrenorm", args.norm == "batchrenorm"),
+        ("bn_warmup", "--norm batchrenorm", "batchrenorm" in args.norm),
         ("batch_size", "2 or more for batch norm", args.batch_size > 1 or not is_batch),
-        ("norm_stats", "--norm fixed", args.norm == "fixed"),
-        ("norm", "--norm-stats if it is fixed", args.norm_stats or args.norm != "fixed"),
+        ("norm_stats", "--norm fixed", "fixed" in args.norm),
+        ("norm", "--norm-stats if it is fixed", args.norm_stats or "fixed" not in args.norm),
         # NORM end
     ]
     for names, what, is_there in needs:
         for name in names.split():
             if getattr(args, name) != getattr(Args, name) and not is_there:
                 raise ValueError(f"--{name.replace('_', '-')} needs {what}")
+
+
+def is_savable(generator):
+    """Whether a checkpoint can hold the generator's state."""
+    try:
+        json.dumps(generator.bit_generator.state, default=np.ndarray.tolist)
+    except (AttributeError, TypeError):  # numpy's old RandomState, or a class of somebody's own
+        return False
+    return True
 
 
 def write(path, save):
@@ -591,7 +681,8 @@ class Run:
     """The files of a run, and its progress; it knows nothing of algorithms."""
 
     def __init__(self, args, agent, generators):
-        self.args, self.agent, self.generators = args, agent, generators
+        self.args, self.agent = args, agent
+        self.generators = [x for x in generators if is_savable(x)]
         self.step, self.updates, self.evals, self.saved = 0, 0, [], 0
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}"
         # NORM begin: flag: the folder's name says how the run is normalized
@@ -614,13 +705,16 @@ class Run:
         self.writer.add_custom_scalars({"Normalization": panel})  # NORM report: that comes first
         self.bar = tqdm(total=args.total_steps, initial=self.step, unit="step", disable=None)
         print(f"run: {self.dir}", flush=True)
+        if len(self.generators) < len(generators):
+            print("the environment's np_random cannot be saved: --resume will not be to the bit")
         self.save()  # from now on a kill loses nothing that --resume cannot bring back
 
     def log(self, scalars):
         """Write {name: value} to the events; raise FloatingPointError if one is not finite."""
         self.bar.update(self.step - self.bar.n)
         for name, value in scalars.items():
-            self.writer.add_scalar(name, float(value), self.step)
+            value = torch.as_tensor(value).item()
+            self.writer.add_scalar(name, value, self.step)
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}")
 
@@ -636,8 +730,10 @@ class Run:
         parts = {k: part for k, part in vars(self.agent).items() if hasattr(part, "state_dict")}
         state = {"args": asdict(self.args), "progress": (self.step, self.updates, self.evals)}
         state["agent"] = {name: part.state_dict() for name, part in parts.items()}
+        numbers = [generator.bit_generator.state for generator in self.generators]
+        numbers = [random.getstate(), np.random.get_state(legacy=False), *numbers]
+        state["random"] = json.dumps(numbers, default=np.ndarray.tolist)
         state["torch"] = torch.get_rng_state()
-        state["numpy"] = [generator.bit_generator.state for generator in self.generators]
         # NORM begin: save: for people, and for --norm fixed
         write(self.dir / "obs_stats.npz", lambda x: self.agent.obs_stat.save(x, env=self.args.env))
         # NORM end
@@ -649,7 +745,7 @@ class Run:
         """Restore what `save` wrote; nothing in the file is executed."""
         state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         free = "total_steps", "device", "eval_every", "eval_episodes"
-        free += "run_dir", "save_every", "resume"
+        free += "run_dir", "save_every", "resume", "capture_video"
         for name, value in vars(self.args).items():
             if name not in free and state["args"].get(name) != value:
                 raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
@@ -658,7 +754,10 @@ class Run:
         self.step, self.updates, self.evals = state["progress"]
         self.saved = self.step
         torch.set_rng_state(state["torch"])
-        for generator, saved in zip(self.generators, state["numpy"], strict=True):
+        (version, words, gauss), numpy_state, *numbers = json.loads(state["random"])
+        random.setstate((version, tuple(words), gauss))
+        np.random.set_state(numpy_state)
+        for generator, saved in zip(self.generators, numbers, strict=True):
             generator.bit_generator.state = saved
 
     def finish(self, *diverged):
@@ -672,14 +771,34 @@ class Run:
         return result
 
 
+def saved_args(run_dir, device="auto"):
+    """Return the options of a run, to resume it."""
+    saved = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["args"]
+    saved = {name: value for name, value in saved.items() if name in Args.__annotations__}
+    return Args(**saved | {"resume": str(run_dir), "device": device})
+
+
+def load_policy(run_dir):
+    """Return a function from an observation of the plain environment to an action in its units."""
+    args = saved_args(run_dir, device="cpu")
+    env = make_env(args)
+    agent = make_agent(env, args, "cpu")
+    parts = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["agent"]
+    agent.actor.load_state_dict(parts["actor"])
+    agent.obs_filter.load_state_dict(parts["obs_filter"])  # NORM save: the policy's statistics
+
+    def policy(obs):
+        obs = env.get_wrapper_attr("observation")(obs)
+        return env.get_wrapper_attr("action")(act(agent, obs))
+
+    return policy
+
+
 def parse():
     """Return the options of the command line; with --resume the others are those of the run."""
     args = tyro.cli(Args)
     if args.resume:
-        path = Path(args.resume, "checkpoint.pt")
-        saved = torch.load(path, "cpu", mmap=True, weights_only=True)["args"]
-        saved |= {"resume": args.resume, "device": args.device}
-        args = tyro.cli(Args, default=Args(**{k: v for k, v in saved.items() if k in vars(args)}))
+        args = tyro.cli(Args, default=saved_args(args.resume, args.device))
     return args
 
 
