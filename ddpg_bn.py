@@ -374,38 +374,6 @@ def explore(agent, obs, rng, args):
 # ------------------------------------------------------------------------------------------ Train
 
 
-def make_env(args, run=None):
-    """Return an environment; it observes float32 vectors, and acts in [-1, 1].
-
-    run: whose videos/ shall hold its episodes, with --capture-video.
-    """
-    video = {"render_mode": "rgb_array"} if run and args.capture_video else {}
-    env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
-    if env.spec.max_episode_steps is None:
-        env = gym.wrappers.TimeLimit(env, 10_000)
-        if run:  # once
-            print(f"{args.env} sets no time limit: episodes end after 10000 steps", flush=True)
-    if video:
-        folder, name = str(run.dir / "videos"), f"step{run.step}"
-        env = gym.wrappers.RecordVideo(env, folder, lambda episode: True, name_prefix=name)
-    obs_space, space = env.observation_space, env.action_space
-    if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
-        raise ValueError(f"--env {args.env} acts in {space}: choose bounded, continuous actions")
-    low, high = np.float64(space.low).ravel(), np.float64(space.high).ravel()
-
-    def to_vector(obs):
-        return gym.spaces.flatten(obs_space, obs).astype(np.float32)
-
-    def to_bounds(action):  # rounding may cross them, hence the clip
-        action = np.clip((low + high + action * (high - low)) / 2, low, high)
-        return action.reshape(space.shape).astype(space.dtype)
-
-    box = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(obs_space),))
-    env = gym.wrappers.TransformObservation(env, to_vector, box)
-    env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
-    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="of this run")
-
-
 def make_agent(env, args, device):
     """Return networks, their targets (copies, or the live ones), optimizers and replay."""
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
@@ -588,7 +556,39 @@ def norm_scalars(agent, batch):
 
 
 # NORM end
-# --------------------------------------------------------------------------------- Files of a run
+# ------------------------------------------------------------------- Environment and files of a run
+
+
+def make_env(args, run=None):
+    """Return an environment; it observes float32 vectors, and acts in [-1, 1].
+
+    run: whose videos/ shall hold its episodes, with --capture-video.
+    """
+    video = {"render_mode": "rgb_array"} if run and args.capture_video else {}
+    env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 10_000)
+        if run:  # once
+            print(f"{args.env} sets no time limit: episodes end after 10000 steps", flush=True)
+    if video:
+        folder, name = str(run.dir / "videos"), f"step{run.step}"
+        env = gym.wrappers.RecordVideo(env, folder, lambda episode: True, name_prefix=name)
+    obs_space, space = env.observation_space, env.action_space
+    if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
+        raise ValueError(f"--env {args.env} acts in {space}: choose bounded, continuous actions")
+    low, high = np.float64(space.low).ravel(), np.float64(space.high).ravel()
+
+    def to_vector(obs):
+        return gym.spaces.flatten(obs_space, obs).astype(np.float32)
+
+    def to_bounds(action):  # rounding may cross them, hence the clip
+        action = np.clip((low + high + action * (high - low)) / 2, low, high)
+        return action.reshape(space.shape).astype(space.dtype)
+
+    box = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(obs_space),))
+    env = gym.wrappers.TransformObservation(env, to_vector, box)
+    env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="of this run")
 
 
 def check_options(args):
@@ -626,15 +626,6 @@ def check_options(args):
                 raise ValueError(f"--{name.replace('_', '-')} needs {what}")
 
 
-def is_savable(generator):
-    """Whether a checkpoint can hold the generator's state."""
-    try:
-        json.dumps(generator.bit_generator.state, default=np.ndarray.tolist)
-    except (AttributeError, TypeError):  # numpy's old RandomState, or a class of somebody's own
-        return False
-    return True
-
-
 def write(path, save):
     """Let save fill a new file, then move it to path: a kill leaves the old one or the new."""
     new = path.with_name(f"new-{path.name}")
@@ -647,7 +638,7 @@ class Run:
 
     def __init__(self, args, agent, generators):
         self.args, self.agent = args, agent
-        self.generators = [x for x in generators if is_savable(x)]
+        self.generators = [x for x in generators if isinstance(x, np.random.Generator)]
         self.step, self.updates, self.evals, self.saved = 0, 0, [], 0
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}"
         # NORM begin: flag: the folder's name says how the run is normalized
@@ -671,7 +662,7 @@ class Run:
         self.bar = tqdm(total=args.total_steps, initial=self.step, unit="step", disable=None)
         print(f"run: {self.dir}", flush=True)
         if len(self.generators) < len(generators):
-            print("the environment's np_random cannot be saved: --resume will not be to the bit")
+            print("np_random cannot be saved: --resume will go on, but not to the bit")
         self.save()  # from now on a kill loses nothing that --resume cannot bring back
 
     def log(self, scalars):
