@@ -254,9 +254,11 @@ def gradient_step(optimizer, loss, max_grad_norm):
     """Descend the loss, by a gradient no longer than max_grad_norm unless that is 0."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward(inputs=parameters)  # other networks in the loss get no gradient
     if max_grad_norm:
-        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        gradients = [parameter.grad for parameter in parameters]
+        length = torch.stack(torch._foreach_norm(gradients)).norm()
+        torch._foreach_mul_(gradients, (max_grad_norm / (length + 1e-6)).clamp(max=1.0))
     optimizer.step()
 
 
@@ -266,27 +268,29 @@ def update(agent, batch, rng, args):
     agent.critic.train(args.bn_update == "train")  # NORM mode: --bn-update
     taken, losses = 0, {}
     for _ in range(args.epochs):
-        rows, divergences = rng.permutation(len(batch.obs)), []
+        rows, log_ratios = rng.permutation(len(batch.obs)), []
         parts = (x[rows].chunk(args.minibatches) for x in batch)
         for part in map(Batch._make, zip(*parts, strict=True)):
             policy = agent.actor(part.obs)
             log_ratio = policy.log_prob(part.action) - part.log_prob
             loss_pi = policy_loss(log_ratio, part.advantage, args)
             loss_v = (agent.critic(part.obs) - part.returns).square().mean()
-            entropy = policy.entropy().mean()
-            loss = loss_pi + args.value_coef * loss_v - args.entropy_coef * entropy  # Eq. 9
+            loss = loss_pi + args.value_coef * loss_v  # Eq. 9
+            if args.entropy_coef:
+                loss = loss - args.entropy_coef * policy.entropy().mean()
             gradient_step(agent.optimizer, loss, args.max_grad_norm)
             log_ratio = log_ratio.detach()
-            divergences.append((log_ratio.exp() - 1 - log_ratio).mean())  # Schulman's estimate
+            log_ratios.append(log_ratio)
             taken += 1
             if taken == 1:  # NORM report: no weight had changed yet: what differs from 1 is the
                 change = (log_ratio.exp() - 1).abs().max()  # NORM report: mode, or the batch
                 losses["norm/first_ratio"] = change  # NORM report: max |ratio - 1|
-        kl = torch.stack(divergences).mean()
+        log_ratio = torch.cat(log_ratios)
+        kl = (log_ratio.exp() - 1 - log_ratio).mean()  # Schulman's estimate
         if args.target_kl and kl > args.target_kl:  # D6
             break
-    losses |= {"losses/policy": loss_pi, "losses/critic": loss_v, "losses/entropy": entropy}
-    return losses | {"losses/kl": kl}, taken
+    losses |= {"losses/policy": loss_pi, "losses/critic": loss_v, "losses/kl": kl}
+    return losses | {"losses/entropy": policy.entropy().mean()}, taken
 
 
 # ------------------------------------------------------------------------------ Acting and memory
@@ -321,6 +325,14 @@ def state_value(agent, obs, args):
     """Return V(s), (n,), as a bootstrap, for observations (n, obs_dim)."""
     agent.critic.train(args.bn_rollout == "train")  # NORM mode: that of the values in explore
     return agent.critic(as_input(agent, obs))
+
+
+def bootstrap(agent, reward, next_obs, timed_out, args):
+    """Return rewards (n,) with gamma V(s') added where a time-out cut an episode (D1)."""
+    if timed_out.any():
+        value = state_value(agent, next_obs, args).cpu().numpy()
+        reward = reward + args.gamma * timed_out * value
+    return reward
 
 
 # ------------------------------------------------------------------------------------------ Train
@@ -371,9 +383,8 @@ def train(args):
     obs = None
     try:
         while run.step < args.total_steps:
-            before, steps, returns = run.step, [], []
-            rate = args.learning_rate * (1 - run.step / args.total_steps)  # D5
-            agent.optimizer.param_groups[0]["lr"] = rate
+            before, steps, returns, left = run.step, [], [], 1 - run.step / args.total_steps
+            agent.optimizer.param_groups[0]["lr"] = args.learning_rate * left  # D5
             if obs is None:  # all episodes begin
                 obs = np.array([env.reset()[0] for env in envs])
                 agent.obs_stat.push(obs)  # NORM obs: each observation of training counts once
@@ -393,10 +404,7 @@ def train(args):
                     agent.reward_scale.learn(reward, done)  # NORM reward: before it is used
                     reward = agent.reward_scale(reward)  # NORM reward: what is learnt from
                 # store
-                timed_out = truncated & ~terminated
-                if timed_out.any():
-                    after = state_value(agent, next_obs, args).cpu().numpy()
-                    reward = reward + args.gamma * timed_out * after  # D1
+                reward = bootstrap(agent, reward, next_obs, truncated & ~terminated, args)
                 arrays = torch.as_tensor(np.float32([reward, done]), device=device)
                 steps.append(Rollout(seen, action, policy.log_prob(action), value, *arrays))
                 for k in np.flatnonzero(done):
@@ -581,7 +589,9 @@ class Run:
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}"
         # NORM begin: flag: the folder's name says how the run is normalized
         changed = [k for k in vars(args) if getattr(args, k) != getattr(Args, k)]
-        words = [f"{k} {getattr(args, k)}" for k in changed if re.match("norm|bn|reward_norm", k)]
+        words = [
+            f"{k} {getattr(args, k)}" for k in changed if re.match("(reward_|weight_)?norm|bn", k)
+        ]
         name = re.sub(r"[^\w.]+", "-", " ".join([*words, name]))
         # NORM end
         new = args.run_dir or Path("runs", args.env.replace(":", "-"), Path(__file__).stem, name)

@@ -259,9 +259,11 @@ def gradient_step(optimizer, loss, max_grad_norm):
     """Descend the loss, by a gradient no longer than max_grad_norm unless that is 0."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward(inputs=parameters)  # other networks in the loss get no gradient
     if max_grad_norm:
-        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        gradients = [parameter.grad for parameter in parameters]
+        length = torch.stack(torch._foreach_norm(gradients)).norm()
+        torch._foreach_mul_(gradients, (max_grad_norm / (length + 1e-6)).clamp(max=1.0))
     optimizer.step()
 
 
@@ -315,6 +317,14 @@ def state_value(agent, obs, args):
     return agent.critic(as_input(agent, obs))
 
 
+def bootstrap(agent, reward, next_obs, timed_out, args):
+    """Return rewards (n,) with gamma V(s') added where a time-out cut an episode (D1)."""
+    if timed_out.any():
+        value = state_value(agent, next_obs, args).cpu().numpy()
+        reward = reward + args.gamma * timed_out * value
+    return reward
+
+
 # ------------------------------------------------------------------------------------------ Train
 
 
@@ -361,9 +371,8 @@ def train(args):
     eval_envs = [make_env(args, None if k else run) for k in range(args.eval_episodes)]
     try:
         while run.step < args.total_steps:
-            before, steps, returns = run.step, [], []
-            rate = args.actor_lr * (1 - run.step / args.total_steps)  # D5
-            agent.actor_optimizer.param_groups[0]["lr"] = rate
+            before, steps, returns, left = run.step, [], [], 1 - run.step / args.total_steps
+            agent.actor_optimizer.param_groups[0]["lr"] = args.actor_lr * left  # D5
             obs = np.array([env.reset()[0] for env in envs])
             agent.obs_stat.push(obs)  # NORM obs: each observation of training counts once
             agent.reward_scale.sums[:] = 0  # NORM reward: of episodes that begin
@@ -384,10 +393,7 @@ def train(args):
                     agent.reward_scale.learn(reward, done)  # NORM reward: before it is used
                     reward = agent.reward_scale(reward)  # NORM reward: what is learnt from
                 # store
-                timed_out = truncated & ~terminated
-                if timed_out.any():
-                    after = state_value(agent, next_obs, args).cpu().numpy()
-                    reward = reward + args.gamma * timed_out * after  # D1
+                reward = bootstrap(agent, reward, next_obs, truncated & ~terminated, args)
                 arrays = torch.as_tensor(np.float32([reward, done, playing]), device=device)
                 steps.append(Rollout(seen, action, value, *arrays))
                 log_probs.append(policy.log_prob(action))  # NORM report: for first_ratio
@@ -403,11 +409,11 @@ def train(args):
             losses, taken = update(agent, batch, args)
             run.updates += taken
             # report
-            # NORM begin: report: max |pi(a|s) / pi_old(a|s) - 1|, before the gradient
-            # No weight had changed yet: what differs from 1 is the mode, or the batch's statistics.
+            # NORM begin: report: changes nothing
             log_ratio = losses.pop("log_prob") - torch.stack(log_probs)[rollout.playing.bool()]
-            losses["norm/first_ratio"] = (log_ratio.exp() - 1).abs().max()
-            run.log(norm_scalars(agent, batch))
+            run.log(norm_scalars(agent, batch, log_ratio))
+            if run.step >= args.total_steps:  # but for --bn-recalibrate, here
+                run.log(returns_by_mode(agent, args, batch))
             # NORM end
             run.log(losses | {"charts/episodic_return": np.mean(returns)})
             due = args.eval_every and run.step // args.eval_every > before // args.eval_every
@@ -415,10 +421,6 @@ def train(args):
                 run.evaluate(*evaluate(agent, eval_envs, args))
             if run.step // args.save_every > run.saved // args.save_every:
                 run.save()
-        if {"batchnorm", "batchrenorm"} & {
-            *args.norm
-        }:  # NORM report: what its two modes make of it
-            run.log(returns_by_mode(agent, args, batch))  # NORM report: and recalibrates
         run.evaluate(*evaluate(agent, eval_envs, args))
         run.save()
     except FloatingPointError as error:
@@ -479,10 +481,18 @@ def stat_lags(net, *inputs):
 
 
 @torch.no_grad()
-def norm_scalars(agent, batch):
-    """Return {name: value} about the last update; stat_lag: see `stat_lags`, mean over layers."""
+def norm_scalars(agent, batch, log_ratio):
+    """Return {name: value} about the last update:
+
+    first_ratio: max |pi(a|s) / pi_old(a|s) - 1| before the gradient step. No weight had changed
+    yet: what differs from 1 is the mode, or the batch's statistics.
+    stat_lag: see `stat_lags`, mean over layers.
+    """
+    scalars = {"norm/first_ratio": (log_ratio.exp() - 1).abs().max()}
     lags = stat_lags(agent.actor.net, batch.obs) + stat_lags(agent.critic, batch.obs)
-    return {"norm/stat_lag": torch.stack(lags).mean()} if lags else {}
+    if lags:
+        scalars["norm/stat_lag"] = torch.stack(lags).mean()
+    return scalars
 
 
 @torch.no_grad()
@@ -491,7 +501,7 @@ def returns_by_mode(agent, args, batch):
 
     Recalibration stays. All in --num-envs environments, as in training.
     """
-    if args.norm_net == "critic":
+    if args.norm_net == "critic" or not {"batchnorm", "batchrenorm"} & {*args.norm}:
         return {}  # the policy has no modes
     envs, actor, scalars = [make_env(args) for _ in range(args.num_envs)], agent.actor, {}
     scalars["norm/return_eval_mode"] = np.mean(evaluate(agent, envs, args)[0])
@@ -628,7 +638,9 @@ class Run:
         name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}"
         # NORM begin: flag: the folder's name says how the run is normalized
         changed = [k for k in vars(args) if getattr(args, k) != getattr(Args, k)]
-        words = [f"{k} {getattr(args, k)}" for k in changed if re.match("norm|bn|reward_norm", k)]
+        words = [
+            f"{k} {getattr(args, k)}" for k in changed if re.match("(reward_|weight_)?norm|bn", k)
+        ]
         name = re.sub(r"[^\w.]+", "-", " ".join([*words, name]))
         # NORM end
         new = args.run_dir or Path("runs", args.env.replace(":", "-"), Path(__file__).stem, name)
