@@ -3,6 +3,7 @@
 python ddpg_bn.py --env Ant-v4
 python ddpg_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: naive, to watch it fail
 python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: one repair
+    --bn-joint --bn-target train  # NORM flag: added to it: the recipe of XQC and FlashSAC
 python ddpg_bn.py --norm batchnorm --norm-position input pre --action-layer 1  # NORM flag: Sec. 3
 python ddpg_bn.py --resume runs/Ant-v4/ddpg_bn/RUN
 

@@ -1,13 +1,17 @@
 """SAC in one file (Haarnoja et al. 2018, Soft Actor-Critic Algorithms and Applications).
 
 python sac_bn.py --env Ant-v4
-From naive batch norm to CrossQ (Bhatt et al. 2024), options that add up:  # NORM flag: a ladder
+From naive batch norm to what works now, each line one option more:  # NORM flag: the ladder
 python sac_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: naive, to watch it fail
     --bn-policy-critic eval  # NORM flag: the actor's loss uses statistics that it cannot move
-    --bn-joint  # NORM flag: (s, a) and (s', a') share statistics
+    --bn-joint  # NORM flag: (s, a) and (s', a') share their statistics
+    --bn-target train  # NORM flag: in the target critic, too: the recipe of XQC and FlashSAC
+    --weight-norm  # NORM flag: weights of fixed length keep the learning rate that was set
+    --reward-norm  # NORM flag: Q has one scale in every environment
+CrossQ (Bhatt et al. 2024) is a branch after --bn-joint:  # NORM flag: without a target network
     --no-target-network  # NORM flag: both halves of the joint pass come from one network
     --norm batchrenorm --norm-position input post --bn-momentum 0.01  # NORM flag: CrossQ's layers
-    --adam-beta1 0.5 --policy-delay 3 --critic-hidden-sizes 2048 2048  # NORM flag: CrossQ
+    --adam-beta1 0.5 --policy-delay 3 --critic-hidden-sizes 2048 2048  # NORM flag: its constants
 python sac_bn.py --resume runs/Ant-v4/sac_bn/RUN
 
 Lines that bear the word NORM are where normalization enters, and say why.  # NORM flag: as here
