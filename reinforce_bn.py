@@ -24,7 +24,6 @@ D7  Reward-to-go (Sutton et al. 2000) less a baseline V(s), as it was when actin
     --critic-steps gradient steps fit it (Spinning Up). The factor gamma^t is left out, as usual.
 """
 
-import contextlib
 import copy  # NORM report: diagnostics work on copies
 import itertools
 import json
@@ -39,7 +38,7 @@ from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -434,22 +433,12 @@ def train(args):
 # --------------------------------------------------------------------- Evaluation and diagnostics
 
 
-@contextlib.contextmanager
-def generators_kept():
-    """Leave the global generators of Python, numpy and torch as they were."""
-    state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(state)
-    np.random.set_state(numpy_state)
-
-
-@generators_kept()
 def evaluate(agent, envs, args):
     """Play an episode in each environment, from the same starts each time, and learn nothing.
 
     Returns the return of each episode, (n,), and {name: value} to report beside them.
     """
+    state = random.getstate(), np.random.get_state()
     obs = np.array([env.reset(seed=1_000_000 + k)[0] for k, env in enumerate(envs)])
     returns, playing = np.zeros(len(envs)), np.ones(len(envs), bool)
     while playing.any():
@@ -459,6 +448,8 @@ def evaluate(agent, envs, args):
         playing &= ~done
         for k in np.flatnonzero(done):
             obs[k], _ = envs[k].reset()
+    random.setstate(state[0])
+    np.random.set_state(state[1])
     return returns, {}
 
 
@@ -581,14 +572,10 @@ def make_env(args, run=None):
 
 def check_options(args):
     """Raise ValueError, which tyro shows, for options that cannot work or would change nothing."""
-    for name, kind in Args.__annotations__.items():  # tyro checks this too, Python does not
-        if get_origin(kind) is Literal and getattr(args, name) not in get_args(kind):
-            raise ValueError(f"--{name.replace('_', '-')} takes one of {get_args(kind)}")
     # NORM begin: flag: see below
     layers = [x for x in args.norm if x in ("batchnorm", "batchrenorm", "layernorm")]
     filters = [x for x in args.norm if x in ("zfilter", "fixed")]
     one_each = max(len(layers), len(filters)) <= 1 and len(layers + filters) == len(args.norm)
-    places = [x for x in ("input", "pre", "post") if x in args.norm_position]
     is_batch = layers not in ([], ["layernorm"])
     inputs = args.network != "linear" or args.norm_position == ("input",)
     modes = args.bn_rollout, args.bn_update
@@ -599,7 +586,7 @@ def check_options(args):
         # NORM begin: flag: an option that would change nothing is a mistake
         ("norm", "one layer, one filter, or one of each", one_each),
         ("norm_position norm_net", "a normalization layer", layers),
-        ("norm_position", "input, pre or post, each once", len(places) == len(args.norm_position)),
+        ("norm_position", "a place", {*args.norm_position} & {"input", "pre", "post"}),
         ("bn_momentum bn_rollout bn_update bn_recalibrate", "batch norm", is_batch),
         ("bn_momentum", "a pass in train mode", args.bn_recalibrate or "train" in modes),
         ("bn_recalibrate", "it in the actor", args.norm_net != "critic"),
@@ -739,26 +726,17 @@ def load_policy(run_dir):
     parts = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["agent"]
     agent.actor.load_state_dict(parts["actor"])
     agent.obs_filter.load_state_dict(parts["obs_filter"])  # NORM save: the policy's statistics
-
-    def policy(obs):
-        obs = env.get_wrapper_attr("observation")(obs)
-        return env.get_wrapper_attr("action")(act(agent, obs[None])[0])
-
-    return policy
-
-
-def parse():
-    """Return the options of the command line; with --resume the others are those of the run."""
-    args = tyro.cli(Args)
-    if args.resume:
-        args = tyro.cli(Args, default=saved_args(args.resume, args.device))
-    return args
+    observe, execute = env.get_wrapper_attr("observation"), env.get_wrapper_attr("action")
+    return lambda obs: execute(act(agent, observe(obs)[None])[0])
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
     try:
-        result = train(parse())
+        args = tyro.cli(Args)
+        if args.resume:  # options that are not given are those of the run
+            args = tyro.cli(Args, default=saved_args(args.resume, args.device))
+        result = train(args)
     except (OSError, ValueError, gym.error.Error) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         sys.exit(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})")

@@ -27,7 +27,6 @@ D4  Learning rates are those of the SAC beside CrossQ. The paper's (Appendix D):
     --critic-lr 3e-4 --alpha-lr 3e-4
 """
 
-import contextlib
 import copy
 import itertools
 import json
@@ -42,7 +41,7 @@ from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -182,10 +181,10 @@ def add_norm(net, name, args):
 
 @torch.no_grad()
 def project_weights(net, name, args):
-    """Give the weights and the bias of each hidden unit, as one vector, length 1 (--weight-norm).
+    """Give the weights and the bias of each hidden unit, as one vector, length 1 (XQC).
 
-    With batch norm behind, only the direction of a unit's weights matters, so a gradient step turns
-    it the less the longer it has grown. At length 1 the learning rate stays what it is set to.
+    With batch norm behind, only their direction matters, and the longer they are, the less a
+    gradient step turns them. At length 1 the learning rate stays what it is set to.
     """
     if not args.weight_norm or args.norm_net not in ("both", name):
         return
@@ -507,23 +506,12 @@ def train(args):
 # --------------------------------------------------------------------- Evaluation and diagnostics
 
 
-@contextlib.contextmanager
-def generators_kept():
-    """Leave the global generators of Python, numpy and torch as they were."""
-    state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(state)
-    np.random.set_state(numpy_state)
-
-
-@generators_kept()
 def evaluate(agent, env, args):
     """Play without noise, from the same starts each time, and learn nothing.
 
     Returns the return of each episode, and {name: value} to report beside them.
     """
-    returns, scalars = [], {}
+    returns, scalars, state = [], {}, (random.getstate(), np.random.get_state())
     errors = []  # NORM report: of Q
     for k in range(args.eval_episodes):
         obs, _ = env.reset(seed=1_000_000 + k)
@@ -539,6 +527,8 @@ def evaluate(agent, env, args):
         errors.extend(q_errors(agent, pairs, rewards, terminated, args))  # NORM report: of Q
     if errors:  # NORM report: none if every episode was cut too early
         scalars["norm/q_bias"] = np.mean(errors)  # NORM report: see q_errors
+    random.setstate(state[0])
+    np.random.set_state(state[1])
     return returns, scalars
 
 
@@ -560,7 +550,8 @@ def q_errors(agent, pairs, rewards, terminated, args):
     obs, action = map(np.array, zip(*pairs, strict=True))
     inputs = agent.obs_filter(obs, update=False), action
     inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
-    _, log_prob = agent.actor.eval().sample(inputs[0])
+    with torch.random.fork_rng():  # training keeps its own random numbers
+        _, log_prob = agent.actor.eval().sample(inputs[0])
     bonus = -(agent.log_alpha.exp() * log_prob).cpu().numpy()
     q, g = agent.critic.eval()(*inputs).mean(1).cpu().numpy(), np.array([*rewards, 0.0])
     for t in reversed(range(len(q) - 1)):
@@ -638,14 +629,10 @@ def make_env(args, run=None):
 
 def check_options(args):
     """Raise ValueError, which tyro shows, for options that cannot work or would change nothing."""
-    for name, kind in Args.__annotations__.items():  # tyro checks this too, Python does not
-        if get_origin(kind) is Literal and getattr(args, name) not in get_args(kind):
-            raise ValueError(f"--{name.replace('_', '-')} takes one of {get_args(kind)}")
     # NORM begin: flag: see below
     layers = [x for x in args.norm if x in ("batchnorm", "batchrenorm", "layernorm")]
     filters = [x for x in args.norm if x in ("zfilter", "fixed")]
     one_each = max(len(layers), len(filters)) <= 1 and len(layers + filters) == len(args.norm)
-    places = [x for x in ("input", "pre", "post") if x in args.norm_position]
     is_batch = layers not in ([], ["layernorm"])
     # NORM end
     needs = [  # options, what they need, whether it is there
@@ -654,7 +641,7 @@ def check_options(args):
         # NORM begin: flag: an option that would change nothing is a mistake
         ("norm", "one layer, one filter, or one of each", one_each),
         ("norm_position norm_net weight_norm", "a normalization layer", layers),
-        ("norm_position", "input, pre or post, each once", len(places) == len(args.norm_position)),
+        ("norm_position", "a place", {*args.norm_position} & {"input", "pre", "post"}),
         ("bn_momentum bn_target bn_policy_critic bn_joint", "batch norm", is_batch),
         ("bn_policy_critic bn_joint bn_target", "it in the critic", args.norm_net != "actor"),
         ("bn_target", "target networks", args.target_network),
@@ -788,26 +775,17 @@ def load_policy(run_dir):
     parts = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["agent"]
     agent.actor.load_state_dict(parts["actor"])
     agent.obs_filter.load_state_dict(parts["obs_filter"])  # NORM save: the policy's statistics
-
-    def policy(obs):
-        obs = env.get_wrapper_attr("observation")(obs)
-        return env.get_wrapper_attr("action")(act(agent, obs))
-
-    return policy
-
-
-def parse():
-    """Return the options of the command line; with --resume the others are those of the run."""
-    args = tyro.cli(Args)
-    if args.resume:
-        args = tyro.cli(Args, default=saved_args(args.resume, args.device))
-    return args
+    observe, execute = env.get_wrapper_attr("observation"), env.get_wrapper_attr("action")
+    return lambda obs: execute(act(agent, observe(obs)))
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
     try:
-        result = train(parse())
+        args = tyro.cli(Args)
+        if args.resume:  # options that are not given are those of the run
+            args = tyro.cli(Args, default=saved_args(args.resume, args.device))
+        result = train(args)
     except (OSError, ValueError, gym.error.Error) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         sys.exit(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})")
