@@ -3,12 +3,13 @@
 python ddpg_bn.py --env Ant-v4
 python ddpg_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: naive, to watch it fail
 python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: one repair
-    --bn-joint --bn-target train  # NORM flag: added to it: the recipe of XQC and FlashSAC
 python ddpg_bn.py --norm batchnorm --norm-position input pre --action-layer 1  # NORM flag: Sec. 3
 python ddpg_bn.py --resume runs/Ant-v4/ddpg_bn/RUN
 
-Lines that bear the word NORM are where normalization enters, and say why.  # NORM flag: as here
-Without: sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' ddpg_bn.py > plain.py  # NORM flag: DDPG
+Lines where normalization enters end in NORM, a kind and a reason. Kinds: flag  # NORM flag: help
+(options), obs and reward (filters), layer, mode (train or eval), batch (whose  # NORM flag: help
+statistics), target (networks), report (diagnostics), save. To strip them:  # NORM flag: help
+sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' ddpg_bn.py > plain.py  # NORM flag: help
 
 Equations and sections are those of the paper (arXiv 1509.02971). Details that it does not have:
 D1  Uniformly random actions at first, then uncorrelated Gaussian noise (TD3, arXiv 1802.09477).
@@ -23,7 +24,7 @@ import itertools
 import json
 import math
 import random
-import re
+import re  # NORM flag: for the name of a run's folder
 import signal
 import sys
 import time
@@ -48,7 +49,8 @@ from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: all that the 
 
 ACTIVATION = nn.ReLU  # of hidden layers
 CPU = torch.cpu.get_capabilities()
-if CPU.get("avx512_f") and not CPU.get("amx_tile"):  # float32 products by oneDNN, faster on AMD
+if CPU.get("avx512_f") and not CPU.get("amx_tile"):  # take oneDNN, faster than MKL on AMD; without
+    # AMX it computes in float32 all the same, whatever the name says
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 # NORM begin: flag: the choices of --norm
 Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
@@ -83,7 +85,7 @@ class Args:
     # the target critic uses the running statistics, copied from the live one, or its own batch's
     bn_target: Literal["eval", "train"] = "eval"
     # in the actor's loss the critic uses the statistics of the batch of the policy's actions, which
-    # also move its running ones, or (eval) uses the running ones and moves nothing
+    # also move its running ones (naive, and fails), or (eval) the running ones, and moves nothing
     bn_policy_critic: Literal["train", "eval"] = "train"
     bn_joint: bool = False  # (s, a) and (s', a') pass the critic as one batch (CrossNorm, CrossQ)
     weight_norm: bool = False  # keep the weights of each hidden unit at length 1 (XQC)
@@ -103,7 +105,8 @@ class Args:
     action_layer: Literal[0, 1] = 0  # hidden layers of the critic before the action joins (D3)
 
     def __post_init__(self):
-        self.norm = (self.norm,) if isinstance(self.norm, str) else self.norm  # NORM flag: Python's
+        if isinstance(self.norm, str):  # NORM flag: Args(norm="batchnorm") works in Python, too
+            self.norm = (self.norm,)  # NORM flag: as on the command line
         check_options(self)
 
 
@@ -115,7 +118,7 @@ class BatchRenorm(nn.BatchNorm1d):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with the constants of CrossQ.
 
     y = gamma (x_hat r + d) + beta, where x_hat is batch norm's, and the constants r = std_B / std
-    and d = (mean_B - mean) / std, if not clipped, make train mode what eval mode is.
+    and d = (mean_B - mean) / std, if not clipped, make the output that of eval mode.
     """
 
     def __init__(self, features, momentum, warmup):
@@ -174,7 +177,9 @@ def project_weights(net, name, args):
     if not args.weight_norm or args.norm_net not in ("both", name):
         return
     for layers in net.modules():
-        for layer in layers[:-1] if isinstance(layers, nn.Sequential) else ():  # all but the output
+        if not isinstance(layers, nn.Sequential):
+            continue
+        for layer in layers[:-1]:  # the last one may be the output
             if isinstance(layer, nn.Linear):
                 length = torch.cat([layer.weight, layer.bias.unsqueeze(1)], dim=1).norm(dim=1)
                 layer.weight /= length.unsqueeze(1)
@@ -213,7 +218,7 @@ class Critic(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         sizes, k = (obs_dim, *args.hidden_sizes), args.action_layer
-        before = [nn.Linear(sizes[0], sizes[1]), ACTIVATION()] if k else []  # the action (D3)
+        before = [nn.Linear(sizes[0], sizes[1]), ACTIVATION()] if k else []  # a joins (D3)
         self.obs_net = nn.Sequential(*before)
         self.net = make_net(sizes[k] + action_dim, *sizes[k + 1 :], 1)
         if k == 0:  # NORM layer: the input holds the action, too
@@ -234,8 +239,8 @@ Batch = namedtuple("Batch", "obs action reward next_obs terminated")
 def q_values(agent, batch, next_action, args):
     """Return Q(s, a), and Q'(s', a') without gradient."""
     # NORM begin: batch: one pass, so that (s, a) and (s', a') share one mean and variance
-    # Two passes in train mode would center each on a mean of its own, and so hide from the critic
-    # how a and a' differ; the running statistics would never come to know (s', a').
+    # Two passes in train mode would center each on a mean of its own, which hides from the critic
+    # how the two differ; and the running statistics would never come to know (s', a').
     if args.bn_joint:
         both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
         q, own_q_next = agent.critic.train()(*both).chunk(2)
@@ -245,7 +250,7 @@ def q_values(agent, batch, next_action, args):
         with torch.no_grad():
             if args.bn_target == "train":
                 return q, agent.critic_target(*both).chunk(2)[1]
-            return q, agent.critic_target(batch.next_obs, next_action)  # eval mode: row by row
+            return q, agent.critic_target(batch.next_obs, next_action)  # eval: (s', a') is enough
     # NORM end
     with torch.no_grad():
         agent.critic_target.train(args.bn_target == "train")  # NORM mode: whose statistics y uses
@@ -257,7 +262,7 @@ def q_values(agent, batch, next_action, args):
 def critic_loss(agent, batch, args):
     """Return the mean of (Q(s, a) - y)^2 (Eq. 4), and Q(s, a), (n,)."""
     with torch.no_grad():
-        agent.actor_target.eval()  # NORM mode: a' is not learnt from, so it leaves no trace
+        agent.actor_target.eval()  # NORM mode: a' is not learnt from, so it moves no statistics
         next_action = agent.actor_target(batch.next_obs)
     q, q_next = q_values(agent, batch, next_action, args)
     td_target = batch.reward + args.gamma * (1 - batch.terminated) * q_next  # y (Eq. 5, D2)
@@ -279,7 +284,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
     """Descend the loss, by a gradient no longer than max_grad_norm unless that is 0."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
-    loss.backward(inputs=parameters)  # other networks in the loss get no gradient
+    loss.backward(inputs=parameters)  # so the actor's loss gives the critic no gradient
     if max_grad_norm:
         gradients = [parameter.grad for parameter in parameters]
         length = torch.stack(torch._foreach_norm(gradients)).norm()
@@ -291,8 +296,8 @@ def gradient_step(optimizer, loss, max_grad_norm):
 def update_target(target, source, tau):
     """theta' <- (1 - tau) theta' + tau theta (Algorithm 1)."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-    for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: a copy,
-        old.copy_(new)  # NORM target: as parameters() has no buffers, which would stay at 0 and 1
+    for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: copy the
+        old.copy_(new)  # NORM target: running statistics, which are buffers, not parameters
 
 
 def update(agent, batch, args):
@@ -364,7 +369,10 @@ def act(agent, obs):
     obs = agent.obs_filter(obs, update=False)  # NORM obs: the policy sees what it learns from
     agent.actor.eval()  # NORM mode: one observation has no batch statistics
     obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.device).unsqueeze(0)
-    return agent.actor(obs).squeeze(0).cpu().numpy()
+    action = agent.actor(obs).squeeze(0).cpu().numpy()
+    if not np.isfinite(action).all():
+        raise FloatingPointError("an action is not finite")
+    return action
 
 
 def explore(agent, obs, rng, args):
@@ -431,8 +439,8 @@ def train(args):
                 action = explore(agent, obs, rng, args)
             # step
             next_obs, reward, terminated, truncated, _ = env.step(action)
-            if not np.isfinite([*action, *next_obs, reward]).all():
-                raise FloatingPointError("an action, observation or reward is not finite")
+            if not np.isfinite([*next_obs, reward]).all():
+                raise FloatingPointError("an observation or a reward is not finite")
             agent.obs_stat.push(next_obs)  # NORM obs: in evaluation and from the replay none does
             done = terminated or truncated
             agent.reward_scale.learn(reward, done)  # NORM reward: each reward counts once
@@ -460,6 +468,8 @@ def train(args):
         run.save()
     except FloatingPointError as error:
         return run.finish(f"diverged at step {run.step}: {error}")
+    except (OSError, ValueError) as error:  # no typing error any more: show where
+        raise RuntimeError(f"stopped at step {run.step}") from error
     finally:
         env.close()
         eval_env.close()
@@ -536,7 +546,7 @@ def stat_lags(net, *inputs):
 def norm_scalars(agent, batch):
     """Return {name: value} about the last update, from its batch:
 
-    actor_grad: norm of the actor's gradient. stat_lag: see `stat_lags`, mean over layers.
+    actor_grad: norm of the actor's gradient, as clipped. stat_lag: see `stat_lags`, over layers.
     saturation: share of the components of the actor's action in the outer 1 % at either bound.
     """
     grads = [p.grad for p in agent.actor.parameters() if p.grad is not None]
@@ -562,10 +572,10 @@ def make_env(args, run=None):
     env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)
-        if run:  # once
+        if run:  # the one for evaluation, so that it is said once
             print(f"{args.env} sets no time limit: episodes end after 10000 steps", flush=True)
     if video:
-        folder, name = str(run.dir / "videos"), f"step{run.step}"
+        folder, name = str(run.dir / "videos"), f"from-step{run.step}"
         env = gym.wrappers.RecordVideo(env, folder, lambda episode: True, name_prefix=name)
     obs_space, space = env.observation_space, env.action_space
     if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
@@ -582,6 +592,7 @@ def make_env(args, run=None):
     box = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(obs_space),))
     env = gym.wrappers.TransformObservation(env, to_vector, box)
     env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
+    # a key of its own, since an environment may have "episode" in its info already
     return gym.wrappers.RecordEpisodeStatistics(env, stats_key="of this run")
 
 
@@ -593,16 +604,17 @@ def check_options(args):
     one_each = max(len(layers), len(filters)) <= 1 and len(layers + filters) == len(args.norm)
     is_batch = layers not in ([], ["layernorm"])
     # NORM end
-    needs = [  # options, what they need, whether it is there
+    needs = [  # options that are not at their default, what they need, whether it is there
+        ("eval_episodes save_every", "1 or more", min(args.eval_episodes, args.save_every) > 0),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
         ("action_layer", "two hidden layers", len(args.hidden_sizes) > 1),
         ("tau", "target networks", args.target_network),
         # NORM begin: flag: an option that would change nothing is a mistake
         ("norm", "one layer, one filter, or one of each", one_each),
         ("norm_position norm_net weight_norm", "a normalization layer", layers),
-        ("norm_position", "a place", {*args.norm_position} & {"input", "pre", "post"}),
+        ("norm_position", "input, pre or post", {*args.norm_position} & {"input", "pre", "post"}),
         ("bn_momentum bn_target bn_policy_critic bn_joint", "batch norm", is_batch),
-        ("bn_policy_critic bn_joint bn_target", "it in the critic", args.norm_net != "actor"),
+        ("bn_policy_critic bn_joint bn_target", "a critic with it", args.norm_net != "actor"),
         ("bn_target", "target networks", args.target_network),
         ("bn_warmup", "--norm batchrenorm", "batchrenorm" in args.norm),
         ("batch_size", "2 or more for batch norm", args.batch_size > 1 or not is_batch),
@@ -655,7 +667,7 @@ class Run:
         print(f"run: {self.dir}", flush=True)
         if len(self.generators) < len(generators):
             print("np_random cannot be saved: --resume will go on, but not to the bit")
-        self.save()  # from now on a kill loses nothing that --resume cannot bring back
+        self.save()  # from now on --resume can go on from the last checkpoint
 
     def log(self, scalars):
         """Write {name: value} to the events; raise FloatingPointError if one is not finite."""
@@ -669,9 +681,9 @@ class Run:
     def evaluate(self, returns, scalars):
         """Log and show the returns of the episodes of an evaluation, and scalars beside them."""
         mean, std = float(np.mean(returns)), float(np.std(returns))
-        self.evals = [e for e in self.evals if e[0] < self.step] + [(self.step, mean, std)]
         self.bar.write(f"step {self.step}: return {mean:.1f} ± {std:.1f}", sys.stderr)
         self.log({"eval/return": mean, "eval/return_std": std} | scalars)
+        self.evals = [e for e in self.evals if e[0] < self.step] + [(self.step, mean, std)]
 
     def save(self):
         """Write all that the run needs to go on as if it had never stopped."""
@@ -681,7 +693,7 @@ class Run:
         numbers = [generator.bit_generator.state for generator in self.generators]
         numbers = [random.getstate(), np.random.get_state(legacy=False), *numbers]
         state["random"] = json.dumps(numbers, default=np.ndarray.tolist)
-        state["torch"] = torch.get_rng_state()
+        state["torch"] = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         # NORM begin: save: for people, and for --norm fixed
         write(self.dir / "obs_stats.npz", lambda x: self.agent.obs_stat.save(x, env=self.args.env))
         # NORM end
@@ -693,7 +705,7 @@ class Run:
         """Restore what `save` wrote; nothing in the file is executed."""
         state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         free = "total_steps", "device", "eval_every", "eval_episodes"
-        free += "run_dir", "save_every", "resume", "capture_video"
+        free += "save_every", "resume", "capture_video"
         for name, value in vars(self.args).items():
             if name not in free and state["args"].get(name) != value:
                 raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
@@ -701,7 +713,8 @@ class Run:
             getattr(self.agent, name).load_state_dict(part)
         self.step, self.updates, self.evals = state["progress"]
         self.saved = self.step
-        torch.set_rng_state(state["torch"])
+        torch.set_rng_state(state["torch"][0])
+        torch.cuda.set_rng_state_all(state["torch"][1])
         (version, words, gauss), numpy_state, *numbers = json.loads(state["random"])
         random.setstate((version, tuple(words), gauss))
         np.random.set_state(numpy_state)
@@ -723,7 +736,8 @@ def saved_args(run_dir, device="auto"):
     """Return the options of a run, to resume it."""
     saved = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["args"]
     saved = {name: value for name, value in saved.items() if name in Args.__annotations__}
-    return Args(**saved | {"resume": str(run_dir), "device": device})
+    saved["device"] = saved["device"] if device == "auto" else device
+    return Args(**saved | {"resume": str(run_dir)})
 
 
 def load_policy(run_dir):
@@ -742,7 +756,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
     try:
         args = tyro.cli(Args)
-        if args.resume:  # options that are not given are those of the run
+        if args.resume:  # what is not given is as in that run
             args = tyro.cli(Args, default=saved_args(args.resume, args.device))
         result = train(args)
     except (OSError, ValueError, gym.error.Error) as error:

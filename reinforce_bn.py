@@ -6,8 +6,10 @@ python reinforce_bn.py --norm batchnorm --bn-rollout train  # NORM flag: acts by
 python reinforce_bn.py --norm batchnorm --bn-recalibrate 50  # NORM flag: repaired statistics
 python reinforce_bn.py --resume runs/CartPole-v1/reinforce_bn/RUN
 
-Lines that bear the word NORM are where normalization enters, and say why.  # NORM flag: as here
-Without: sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' reinforce_bn.py > plain.py  # NORM flag: it
+Lines where normalization enters end in NORM, a kind and a reason. Kinds: flag  # NORM flag: help
+(options), obs and reward (filters), layer, mode (train or eval), batch (whose  # NORM flag: help
+statistics), target (networks), report (diagnostics), save. To strip them:  # NORM flag: help
+sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' reinforce_bn.py > plain.py  # NORM flag: help
 
 Theorems are those of the paper (Machine Learning 8, 229). Details that it does not have:
 D1  A time-out is not a death: gamma V(s') is added to the last reward, s' being the true last
@@ -29,7 +31,7 @@ import itertools
 import json
 import math
 import random
-import re
+import re  # NORM flag: for the name of a run's folder
 import signal
 import sys
 import time
@@ -52,7 +54,7 @@ from tqdm import tqdm
 from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: all that the scripts share
 
 ACTIVATION = nn.ReLU  # of hidden layers
-torch.distributions.Distribution.set_default_validate_args(False)  # divergence is a result
+torch.distributions.Distribution.set_default_validate_args(False)  # NaN ends a run as diverged
 # NORM begin: flag: the choices of --norm
 Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
 # NORM end
@@ -69,7 +71,7 @@ class Args:
     eval_every: int = 20_000  # steps between evaluations; 0 for one at the end only
     eval_episodes: int = 10  # episodes of an evaluation, without noise, from the same starts
     max_episode_steps: int = 0  # 0: the environment's own limit, or 10000 where it sets none
-    capture_video: bool = False  # record the episodes of evaluations in the run's videos/
+    capture_video: bool = False  # record one environment of each evaluation in the run's videos/
     run_dir: str = ""  # folder of the run; default: a new one in runs/<env>/<script>
     save_every: int = 50_000  # steps between checkpoints, which wait for the end of an iteration
     resume: str = ""  # folder of a run to continue with its options, or to a higher total_steps
@@ -83,12 +85,11 @@ class Args:
     norm_stats: str = ""  # fixed: the obs_stats.npz of an earlier run
     bn_momentum: float = 0.1  # weight of the newest batch in running statistics (JAX: 1 - this)
     bn_warmup: int = 100_000  # batchrenorm: passes in train mode that are plain batch norm (CrossQ)
-    # acting uses the running statistics, or (train) those of all environments at that moment, which
-    # also move the running ones
+    # eval: act by the running statistics. train: by those of all environments at that moment, which
+    # also move the running ones; values and bootstraps are computed in the same mode
     bn_rollout: Literal["eval", "train"] = "eval"
-    # learning uses the statistics of its batch, which also move the running ones, or (eval) the
-    # running ones; with both in eval mode nothing but --bn-recalibrate moves these, and a learnt
-    # scale and shift remain
+    # train: learn by the batch's statistics, which also move the running ones. eval: by the running
+    # ones; if --bn-rollout is eval, too, only --bn-recalibrate moves them from 0 and 1
     bn_update: Literal["train", "eval"] = "train"
     bn_recalibrate: int = 0  # passes in train mode, without learning, before the final evaluation
     reward_norm: bool = False  # divide rewards by the running deviation of their discounted sums
@@ -104,7 +105,8 @@ class Args:
     max_grad_norm: float = 0.0  # longest gradient of a step; 0 for any length
 
     def __post_init__(self):
-        self.norm = (self.norm,) if isinstance(self.norm, str) else self.norm  # NORM flag: Python's
+        if isinstance(self.norm, str):  # NORM flag: Args(norm="batchnorm") works in Python, too
+            self.norm = (self.norm,)  # NORM flag: as on the command line
         check_options(self)
 
 
@@ -116,7 +118,7 @@ class BatchRenorm(nn.BatchNorm1d):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with the constants of CrossQ.
 
     y = gamma (x_hat r + d) + beta, where x_hat is batch norm's, and the constants r = std_B / std
-    and d = (mean_B - mean) / std, if not clipped, make train mode what eval mode is.
+    and d = (mean_B - mean) / std, if not clipped, make the output that of eval mode.
     """
 
     def __init__(self, features, momentum, warmup):
@@ -258,7 +260,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
     """Descend the loss, by a gradient no longer than max_grad_norm unless that is 0."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
-    loss.backward(inputs=parameters)  # other networks in the loss get no gradient
+    loss.backward()
     if max_grad_norm:
         gradients = [parameter.grad for parameter in parameters]
         length = torch.stack(torch._foreach_norm(gradients)).norm()
@@ -287,7 +289,7 @@ def update(agent, batch, args):
 
 def as_input(agent, obs):
     """Return observations (n, *obs_shape) as the networks take them."""
-    obs = agent.obs_filter(obs, update=False)  # NORM obs: what a rollout stores is filtered already
+    obs = agent.obs_filter(obs, update=False)  # NORM obs: a rollout stores it filtered, as here
     return torch.as_tensor(obs, dtype=torch.float32, device=agent.device)
 
 
@@ -367,11 +369,13 @@ def train(args):
         env.reset(seed=seed)
     agent = make_agent(envs[0], args, device)
     run = Run(args, agent, [env.unwrapped.np_random for env in envs])
-    eval_envs = [make_env(args, None if k else run) for k in range(args.eval_episodes)]
+    eval_envs = [make_env(args, run if k == 0 else None) for k in range(args.eval_episodes)]
+    batch = None  # NORM report: none if a finished run is only evaluated again
     try:
         while run.step < args.total_steps:
-            before, steps, returns, left = run.step, [], [], 1 - run.step / args.total_steps
-            agent.actor_optimizer.param_groups[0]["lr"] = args.actor_lr * left  # D5
+            before, steps, episode_returns = run.step, [], []
+            rate = args.actor_lr * (1 - run.step / args.total_steps)  # D5
+            agent.actor_optimizer.param_groups[0]["lr"] = rate
             obs = np.array([env.reset()[0] for env in envs])
             agent.obs_stat.push(obs)  # NORM obs: each observation of training counts once
             agent.reward_scale.sums[:] = 0  # NORM reward: of episodes that begin
@@ -397,7 +401,7 @@ def train(args):
                 steps.append(Rollout(seen, action, value, *arrays))
                 log_probs.append(policy.log_prob(action))  # NORM report: for first_ratio
                 for k in np.flatnonzero(done):
-                    returns += [envs[k].return_queue[-1]] if playing[k] else []
+                    episode_returns += [envs[k].return_queue[-1]] if playing[k] else []
                     next_obs[k], _ = envs[k].reset()
                     agent.obs_stat.push(next_obs[k])  # NORM obs: an episode's first one, too
                 playing &= ~done
@@ -411,19 +415,21 @@ def train(args):
             # NORM begin: report: changes nothing
             log_ratio = losses.pop("log_prob") - torch.stack(log_probs)[rollout.playing.bool()]
             run.log(norm_scalars(agent, batch, log_ratio))
-            if run.step >= args.total_steps:  # but for --bn-recalibrate, here
-                run.log(returns_by_mode(agent, args, batch))
             # NORM end
-            run.log(losses | {"charts/episodic_return": np.mean(returns)})
+            run.log(losses | {"charts/episodic_return": np.mean(episode_returns)})
             due = args.eval_every and run.step // args.eval_every > before // args.eval_every
             if due and run.step < args.total_steps:
                 run.evaluate(*evaluate(agent, eval_envs, args))
             if run.step // args.save_every > run.saved // args.save_every:
                 run.save()
+        if batch:  # NORM report: what the modes of batch norm make of the policy
+            run.log(returns_by_mode(agent, args, batch))  # NORM report: and --bn-recalibrate
         run.evaluate(*evaluate(agent, eval_envs, args))
         run.save()
     except FloatingPointError as error:
         return run.finish(f"diverged at step {run.step}: {error}")
+    except (OSError, ValueError) as error:  # no typing error any more: show where
+        raise RuntimeError(f"stopped at step {run.step}") from error
     finally:
         for env in envs + eval_envs:
             env.close()
@@ -475,8 +481,8 @@ def stat_lags(net, *inputs):
 def norm_scalars(agent, batch, log_ratio):
     """Return {name: value} about the last update:
 
-    first_ratio: max |pi(a|s) / pi_old(a|s) - 1| before the gradient step. No weight had changed
-    yet: what differs from 1 is the mode, or the batch's statistics.
+    first_ratio: max |pi(a|s) / pi_old(a|s) - 1| before the gradient step, when no weight had
+    changed: 0 unless acting had another mode, or other statistics.
     stat_lag: see `stat_lags`, mean over layers.
     """
     scalars = {"norm/first_ratio": (log_ratio.exp() - 1).abs().max()}
@@ -504,6 +510,8 @@ def returns_by_mode(agent, args, batch):
         agent.critic.train()(batch.obs)
     if args.bn_recalibrate:
         scalars["norm/return_recalibrated_mode"] = np.mean(evaluate(agent, envs, args)[0])
+    for env in envs:
+        env.close()
     return scalars
 
 
@@ -531,10 +539,10 @@ def make_env(args, run=None):
     env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)
-        if run:  # once
+        if run:  # the one of them that tells and records
             print(f"{args.env} sets no time limit: episodes end after 10000 steps", flush=True)
     if video:
-        folder, name = str(run.dir / "videos"), f"step{run.step}"
+        folder, name = str(run.dir / "videos"), f"from-step{run.step}"
         env = gym.wrappers.RecordVideo(env, folder, lambda episode: True, name_prefix=name)
     obs_space, space = env.observation_space, env.action_space
     if isinstance(space, gym.spaces.Discrete):
@@ -567,6 +575,7 @@ def make_env(args, run=None):
     box = gym.spaces.Box(-np.inf, np.inf, shape)
     env = gym.wrappers.TransformObservation(env, to_input, box)
     env = gym.wrappers.TransformAction(env, to_env, actions)
+    # a key of its own, since an environment may have "episode" in its info already
     return gym.wrappers.RecordEpisodeStatistics(env, stats_key="of this run")
 
 
@@ -580,16 +589,17 @@ def check_options(args):
     inputs = args.network != "linear" or args.norm_position == ("input",)
     modes = args.bn_rollout, args.bn_update
     # NORM end
-    needs = [  # options, what they need, whether it is there
+    needs = [  # options that are not at their default, what they need, whether it is there
+        ("eval_episodes save_every", "1 or more", min(args.eval_episodes, args.save_every) > 0),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
         ("hidden_sizes", "hidden layers", args.network != "linear"),
         # NORM begin: flag: an option that would change nothing is a mistake
         ("norm", "one layer, one filter, or one of each", one_each),
         ("norm_position norm_net", "a normalization layer", layers),
-        ("norm_position", "a place", {*args.norm_position} & {"input", "pre", "post"}),
+        ("norm_position", "input, pre or post", {*args.norm_position} & {"input", "pre", "post"}),
         ("bn_momentum bn_rollout bn_update bn_recalibrate", "batch norm", is_batch),
         ("bn_momentum", "a pass in train mode", args.bn_recalibrate or "train" in modes),
-        ("bn_recalibrate", "it in the actor", args.norm_net != "critic"),
+        ("bn_recalibrate", "an actor with it", args.norm_net != "critic"),
         ("norm", "--norm-position input in a linear network", inputs or not layers),
         (
             "network",
@@ -647,7 +657,7 @@ class Run:
         print(f"run: {self.dir}", flush=True)
         if len(self.generators) < len(generators):
             print("np_random cannot be saved: --resume will go on, but not to the bit")
-        self.save()  # from now on a kill loses nothing that --resume cannot bring back
+        self.save()  # from now on --resume can go on from the last checkpoint
 
     def log(self, scalars):
         """Write {name: value} to the events; raise FloatingPointError if one is not finite."""
@@ -661,9 +671,9 @@ class Run:
     def evaluate(self, returns, scalars):
         """Log and show the returns of the episodes of an evaluation, and scalars beside them."""
         mean, std = float(np.mean(returns)), float(np.std(returns))
-        self.evals = [e for e in self.evals if e[0] < self.step] + [(self.step, mean, std)]
         self.bar.write(f"step {self.step}: return {mean:.1f} ± {std:.1f}", sys.stderr)
         self.log({"eval/return": mean, "eval/return_std": std} | scalars)
+        self.evals = [e for e in self.evals if e[0] < self.step] + [(self.step, mean, std)]
 
     def save(self):
         """Write all that the run needs to go on as if it had never stopped."""
@@ -673,7 +683,7 @@ class Run:
         numbers = [generator.bit_generator.state for generator in self.generators]
         numbers = [random.getstate(), np.random.get_state(legacy=False), *numbers]
         state["random"] = json.dumps(numbers, default=np.ndarray.tolist)
-        state["torch"] = torch.get_rng_state()
+        state["torch"] = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         # NORM begin: save: for people, and for --norm fixed
         write(self.dir / "obs_stats.npz", lambda x: self.agent.obs_stat.save(x, env=self.args.env))
         # NORM end
@@ -685,7 +695,7 @@ class Run:
         """Restore what `save` wrote; nothing in the file is executed."""
         state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         free = "total_steps", "device", "eval_every", "eval_episodes"
-        free += "run_dir", "save_every", "resume", "capture_video"
+        free += "save_every", "resume", "capture_video"
         for name, value in vars(self.args).items():
             if name not in free and state["args"].get(name) != value:
                 raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
@@ -693,7 +703,8 @@ class Run:
             getattr(self.agent, name).load_state_dict(part)
         self.step, self.updates, self.evals = state["progress"]
         self.saved = self.step
-        torch.set_rng_state(state["torch"])
+        torch.set_rng_state(state["torch"][0])
+        torch.cuda.set_rng_state_all(state["torch"][1])
         (version, words, gauss), numpy_state, *numbers = json.loads(state["random"])
         random.setstate((version, tuple(words), gauss))
         np.random.set_state(numpy_state)
@@ -715,7 +726,8 @@ def saved_args(run_dir, device="auto"):
     """Return the options of a run, to resume it."""
     saved = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["args"]
     saved = {name: value for name, value in saved.items() if name in Args.__annotations__}
-    return Args(**saved | {"resume": str(run_dir), "device": device})
+    saved["device"] = saved["device"] if device == "auto" else device
+    return Args(**saved | {"resume": str(run_dir)})
 
 
 def load_policy(run_dir):
@@ -734,7 +746,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
     try:
         args = tyro.cli(Args)
-        if args.resume:  # options that are not given are those of the run
+        if args.resume:  # what is not given is as in that run
             args = tyro.cli(Args, default=saved_args(args.resume, args.device))
         result = train(args)
     except (OSError, ValueError, gym.error.Error) as error:
