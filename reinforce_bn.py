@@ -224,7 +224,7 @@ class Critic(nn.Module):
         return self.net(obs).squeeze(1)
 
 
-# ------------------------------------------------------------------------------- Losses and update
+# ------------------------------------------------------------------------------ Losses and update
 
 # What n environments met at one step: obs (n, *obs_shape), action (n, ...), the others (n,).
 # Stacked, with an axis of time before that of the environments. playing: the first episode.
@@ -444,7 +444,7 @@ def evaluate(agent, envs, args):
 
     Returns the return of each episode, (n,), and {name: value} to report beside them.
     """
-    state = random.getstate(), np.random.get_state()
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     obs = np.array([env.reset(seed=1_000_000 + k)[0] for k, env in enumerate(envs)])
     returns, playing = np.zeros(len(envs)), np.ones(len(envs), bool)
     while playing.any():
@@ -456,6 +456,7 @@ def evaluate(agent, envs, args):
             obs[k], _ = envs[k].reset()
     random.setstate(state[0])
     np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
     return returns, {}
 
 
@@ -527,7 +528,7 @@ class InTrainMode(nn.Module):
 
 
 # NORM end
-# ------------------------------------------------------------------- Environment and files of a run
+# ----------------------------------------------------------------- Environment and files of a run
 
 
 def make_env(args, run=None):
@@ -677,13 +678,17 @@ class Run:
 
     def save(self):
         """Write all that the run needs to go on as if it had never stopped."""
+        nets = [net for net in vars(self.agent).values() if isinstance(net, nn.Module)]
+        if not all(weight.isfinite().all() for net in nets for weight in net.parameters()):
+            raise FloatingPointError("a weight is not finite")
         parts = {k: part for k, part in vars(self.agent).items() if hasattr(part, "state_dict")}
         state = {"args": asdict(self.args), "progress": (self.step, self.updates, self.evals)}
         state["agent"] = {name: part.state_dict() for name, part in parts.items()}
         numbers = [generator.bit_generator.state for generator in self.generators]
         numbers = [random.getstate(), np.random.get_state(legacy=False), *numbers]
         state["random"] = json.dumps(numbers, default=np.ndarray.tolist)
-        state["torch"] = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        state["torch"] = torch.get_rng_state(), gpus
         # NORM begin: save: for people, and for --norm fixed
         write(self.dir / "obs_stats.npz", lambda x: self.agent.obs_stat.save(x, env=self.args.env))
         # NORM end
@@ -704,7 +709,7 @@ class Run:
         self.step, self.updates, self.evals = state["progress"]
         self.saved = self.step
         torch.set_rng_state(state["torch"][0])
-        torch.cuda.set_rng_state_all(state["torch"][1])
+        torch.cuda.set_rng_state_all(state["torch"][1][: torch.cuda.device_count()])
         (version, words, gauss), numpy_state, *numbers = json.loads(state["random"])
         random.setstate((version, tuple(words), gauss))
         np.random.set_state(numpy_state)

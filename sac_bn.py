@@ -256,7 +256,7 @@ class Critic(nn.Module):
         return torch.cat([net(x) for net in self.nets], dim=1)
 
 
-# ------------------------------------------------------------------------------- Losses and update
+# ------------------------------------------------------------------------------ Losses and update
 
 # Transitions: obs and next_obs (n, obs_dim), action (n, action_dim), the others (n,).
 Batch = namedtuple("Batch", "obs action reward next_obs terminated")
@@ -502,6 +502,7 @@ def train(args):
                 if run.step // args.save_every > run.saved // args.save_every:
                     run.save()
                 obs = None
+        run.log(losses)
         run.evaluate(*evaluate(agent, eval_env, args))
         run.save()
     except FloatingPointError as error:
@@ -522,7 +523,8 @@ def evaluate(agent, env, args):
 
     Returns the return of each episode, and {name: value} to report beside them.
     """
-    returns, scalars, state = [], {}, (random.getstate(), np.random.get_state())
+    returns, scalars = [], {}
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     errors = []  # NORM report: of Q
     for k in range(args.eval_episodes):
         obs, _ = env.reset(seed=1_000_000 + k)
@@ -540,6 +542,7 @@ def evaluate(agent, env, args):
         scalars["norm/q_bias"] = np.mean(errors)  # NORM report: see q_errors
     random.setstate(state[0])
     np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
     return returns, scalars
 
 
@@ -593,9 +596,10 @@ def norm_scalars(agent, batch):
     saturation: share of the components of the actor's action in the outer 1 % at either bound.
     """
     grads = [p.grad for p in agent.actor.parameters() if p.grad is not None]
-    scalars = {"norm/actor_grad": nn.utils.get_total_norm(grads)}
     action = agent.actor.eval()(batch.obs)
-    scalars["norm/saturation"] = (action.abs() > 0.98).float().mean()
+    scalars = {"norm/saturation": (action.abs() > 0.98).float().mean()}
+    if grads:
+        scalars["norm/actor_grad"] = nn.utils.get_total_norm(grads)
     lags = stat_lags(agent.actor, batch.obs) + stat_lags(agent.critic, batch.obs, batch.action)
     if lags:
         scalars["norm/stat_lag"] = torch.stack(lags).mean()
@@ -603,7 +607,7 @@ def norm_scalars(agent, batch):
 
 
 # NORM end
-# ------------------------------------------------------------------- Environment and files of a run
+# ----------------------------------------------------------------- Environment and files of a run
 
 
 def make_env(args, run=None):
@@ -654,6 +658,7 @@ def check_options(args):
         # NORM begin: flag: an option that would change nothing is a mistake
         ("norm", "one layer, one filter, or one of each", one_each),
         ("norm_position norm_net weight_norm", "a normalization layer", layers),
+        ("weight_norm", "--norm-position pre or post", {"pre", "post"} & {*args.norm_position}),
         ("norm_position", "input, pre or post", {*args.norm_position} & {"input", "pre", "post"}),
         ("bn_momentum bn_target bn_policy_critic bn_joint", "batch norm", is_batch),
         ("bn_policy_critic bn_joint bn_target", "a critic with it", args.norm_net != "actor"),
@@ -729,13 +734,17 @@ class Run:
 
     def save(self):
         """Write all that the run needs to go on as if it had never stopped."""
+        nets = [net for net in vars(self.agent).values() if isinstance(net, nn.Module)]
+        if not all(weight.isfinite().all() for net in nets for weight in net.parameters()):
+            raise FloatingPointError("a weight is not finite")
         parts = {k: part for k, part in vars(self.agent).items() if hasattr(part, "state_dict")}
         state = {"args": asdict(self.args), "progress": (self.step, self.updates, self.evals)}
         state["agent"] = {name: part.state_dict() for name, part in parts.items()}
         numbers = [generator.bit_generator.state for generator in self.generators]
         numbers = [random.getstate(), np.random.get_state(legacy=False), *numbers]
         state["random"] = json.dumps(numbers, default=np.ndarray.tolist)
-        state["torch"] = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        state["torch"] = torch.get_rng_state(), gpus
         # NORM begin: save: for people, and for --norm fixed
         write(self.dir / "obs_stats.npz", lambda x: self.agent.obs_stat.save(x, env=self.args.env))
         # NORM end
@@ -756,7 +765,7 @@ class Run:
         self.step, self.updates, self.evals = state["progress"]
         self.saved = self.step
         torch.set_rng_state(state["torch"][0])
-        torch.cuda.set_rng_state_all(state["torch"][1])
+        torch.cuda.set_rng_state_all(state["torch"][1][: torch.cuda.device_count()])
         (version, words, gauss), numpy_state, *numbers = json.loads(state["random"])
         random.setstate((version, tuple(words), gauss))
         np.random.set_state(numpy_state)
