@@ -10,18 +10,18 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+torch.set_num_threads(1)  # the networks are tiny, and bits must not depend on the machine
+
 
 class Countdown(gym.Env):
-    """Observes (t, episode, 0.7), pays 1 + t, and every second episode (or k-th) dies at t = 5.
-
-    Registered with a time limit of 8 steps; the bounds of the action are (-1, 3).
-    """
+    """Observes (t, episode, 0.7), pays 1 + t, and every second episode (or k-th) dies at t = 5."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
     action_space = gym.spaces.Box(np.float32([-1.0]), np.float32([3.0]))
     episode = 0
-    every = 2
-    reward_scale = 1.0
+
+    def __init__(self, every=2, reward_scale=1.0):
+        self.every, self.reward_scale = every, reward_scale
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -38,32 +38,19 @@ class Countdown(gym.Env):
         return self.observe(), self.reward_scale * (1.0 + self.t), dies, False, {}
 
 
-class RareDeath(Countdown):
-    every = 4
-
-
-class LastBreath(Countdown):
-    """Dies in the very step in which its time is over."""
-
-    every = 1
-
-
 class Ragged(Countdown):
     """Episode k lasts as many steps as the environment was the k-th to be made, at most 8."""
 
     made = 0
 
     def __init__(self):
+        super().__init__()
         self.length = 2 + Ragged.made % 4
         Ragged.made += 1
 
     def step(self, action):
         obs, reward, _, _, info = super().step(action)
         return obs, reward, self.t == self.length, False, info
-
-
-class HugeReward(Countdown):
-    reward_scale = 1e30
 
 
 class Picture(gym.Env):
@@ -88,18 +75,13 @@ class Picture(gym.Env):
 
 
 gym.register("Countdown-v0", Countdown, max_episode_steps=8)
-gym.register("RareDeath-v0", RareDeath, max_episode_steps=8)
-gym.register("LastBreath-v0", LastBreath, max_episode_steps=5)
+gym.register("RareDeath-v0", Countdown, max_episode_steps=8, kwargs={"every": 4})
+gym.register("LastBreath-v0", Countdown, max_episode_steps=5, kwargs={"every": 1})
+gym.register("HugeReward-v0", Countdown, max_episode_steps=8, kwargs={"reward_scale": 1e30})
 gym.register("Ragged-v0", Ragged, max_episode_steps=8)
 gym.register("Picture-v0", Picture, max_episode_steps=10)
-gym.register("HugeReward-v0", HugeReward, max_episode_steps=8)
 PENDULUM = "gymnasium.envs.classic_control.pendulum:PendulumEnv"
 gym.register("ShortPendulum-v0", PENDULUM, max_episode_steps=40)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)  # the networks are tiny, and bits must not depend on the machine
 
 
 @pytest.fixture
@@ -108,15 +90,9 @@ def small(tmp_path):
     runs = iter(range(1000))
 
     def make(script, **options):
-        tiny = {
-            "env": "Pendulum-v1",
-            "device": "cpu",
-            "total_steps": 400,
-            "hidden_sizes": (16, 16),
-            "eval_every": 0,
-            "eval_episodes": 1,
-            "run_dir": str(tmp_path / f"run{next(runs)}"),
-        }
+        tiny = {"env": "Pendulum-v1", "total_steps": 400, "hidden_sizes": (16, 16)}
+        tiny |= {"device": "cpu", "eval_every": 0, "eval_episodes": 1}
+        tiny |= {"run_dir": str(tmp_path / f"run{next(runs)}")}
         if script.__name__ in ("ddpg_bn", "sac_bn"):
             tiny |= {"learning_starts": 100, "batch_size": 32, "buffer_size": 1000}
         else:
@@ -130,13 +106,11 @@ def small(tmp_path):
 
 def same(a, b):
     """Whether two nested states are equal to the bit."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 @pytest.fixture(params=["ddpg_bn", "sac_bn"])
@@ -153,8 +127,7 @@ def on_policy(request):
 
 def all_scalars(run_dir):
     """Return {tag: [(step, value), ...]} as TensorBoard shows them."""
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     found = events.Tags()["scalars"]
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in found}
 

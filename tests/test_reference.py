@@ -3,7 +3,8 @@
 In double precision, since Adam turns rounding of a tiny gradient into a full step.
 """
 
-import gymnasium as gym
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
@@ -18,8 +19,8 @@ distributions, logger, type_aliases = (
     for name in ("distributions", "logger", "type_aliases")
 )
 
-HIDDEN = {"hidden_sizes": (64, 32)}
-POLICY = {"net_arch": [64, 32]}
+OURS = {"env": "HalfCheetah-v4", "hidden_sizes": (64, 32), "buffer_size": 1000}
+THEIRS = {"policy": "MlpPolicy", "policy_kwargs": {"net_arch": [64, 32]}, "device": "cpu"}
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +60,6 @@ def feed(model, monkeypatch):
     return learn
 
 
-def statistics(net):
-    """Return running means and variances in their order."""
-    return [x for x in net.buffers() if x.dim()]
-
-
 def assert_close(theirs, ours):
     """Compare the weights of two networks of equal layers; a step of Adam moves them by 1e-3."""
     for x, y in zip(theirs.parameters(), ours.parameters(), strict=True):
@@ -71,18 +67,19 @@ def assert_close(theirs, ours):
 
 
 def test_ddpg_is_that_of_stable_baselines3(monkeypatch):
-    env, args = gym.make("HalfCheetah-v4"), ddpg_bn.Args(env="HalfCheetah-v4", **HIDDEN)
+    args = ddpg_bn.Args(**OURS)
+    env = ddpg_bn.make_env(args)
     agent = ddpg_bn.make_agent(env, args, "cpu")
-    model = sb3.DDPG("MlpPolicy", env, policy_kwargs=dict(POLICY), tau=args.tau, device="cpu")
+    model = sb3.DDPG(env=env, tau=args.tau, **copy.deepcopy(THEIRS))
     pairs = [(model.actor.double(), agent.actor), (model.critic.double(), agent.critic)]
     pairs += [(model.actor_target.double(), agent.actor_target)]
     pairs += [(model.critic_target.double(), agent.critic_target)]
     for theirs, ours in pairs:
         copy_weights(theirs, ours)
     learn = feed(model, monkeypatch)
-    for k in range(1, 21):
-        ddpg_bn.update(agent, random_batch(k), args)
-        learn(random_batch(k))
+    for batch in map(random_batch, range(20)):
+        ddpg_bn.update(agent, batch, args)
+        learn(batch)
     for theirs, ours in pairs:
         assert_close(theirs, ours)
 
@@ -91,13 +88,14 @@ def test_crossq_is_that_of_sb3_contrib_while_its_layers_are_batch_norm(monkeypat
     options = {"norm": "batchrenorm", "norm_position": ("input", "post"), "bn_momentum": 0.01}
     options |= {"bn_policy_critic": "eval", "bn_joint": True, "target_network": False}
     options |= {"adam_beta1": 0.5, "policy_delay": 3}
-    env, args = gym.make("HalfCheetah-v4"), sac_bn.Args("HalfCheetah-v4", **HIDDEN, **options)
+    args = sac_bn.Args(**OURS, **options)
+    env = sac_bn.make_env(args)
     agent = sac_bn.make_agent(env, args, "cpu")
     # theirs adds 1e-6 within a logarithm, and divides variances by n - 1
     squashed = distributions.SquashedDiagGaussianDistribution.__init__
     monkeypatch.setattr(squashed, "__defaults__", (0.0,))
     monkeypatch.setattr(torch.Tensor, "var", lambda x, dim: torch.var(x, dim, correction=0))
-    model = contrib.CrossQ("MlpPolicy", env, policy_kwargs=dict(POLICY), device="cpu")
+    model = contrib.CrossQ(env=env, **copy.deepcopy(THEIRS))
     model.critic.optimizer.param_groups[0]["eps"] /= 2  # as its loss and gradient are half of ours
     model.log_ent_coef.data = model.log_ent_coef.data.double()
     body, outputs = agent.actor.net[:-1], agent.actor.net[-1]
@@ -105,10 +103,8 @@ def test_crossq_is_that_of_sb3_contrib_while_its_layers_are_batch_norm(monkeypat
     pairs += list(zip(model.critic.double().q_networks, agent.critic.nets, strict=True))
     for theirs, ours in pairs:
         copy_weights(theirs, ours)
-    heads = model.actor.mu, model.actor.log_std
-    for head, weight, bias in zip(
-        heads, outputs.weight.chunk(2), outputs.bias.chunk(2), strict=True
-    ):
+    halves = zip(outputs.weight.chunk(2), outputs.bias.chunk(2), strict=True)
+    for head, (weight, bias) in zip((model.actor.mu, model.actor.log_std), halves, strict=True):
         head.load_state_dict({"weight": weight, "bias": bias})
     learn = feed(model, monkeypatch)
     for k in range(1, 21):
@@ -118,7 +114,7 @@ def test_crossq_is_that_of_sb3_contrib_while_its_layers_are_batch_norm(monkeypat
         learn(random_batch(k))
     for theirs, ours in pairs:
         assert_close(theirs, ours)
-        for x, y in zip(statistics(theirs), statistics(ours), strict=True):
+        statistics = [[x for x in net.buffers() if x.dim()] for net in (theirs, ours)]
+        for x, y in zip(*statistics, strict=True):  # running means and variances
             torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
-    alpha = model.log_ent_coef.detach().exp().squeeze()
-    torch.testing.assert_close(alpha, agent.log_alpha.exp().detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.log_ent_coef[0], agent.log_alpha, rtol=0, atol=1e-5)
