@@ -82,7 +82,11 @@ def stopwatch(module, *names, clock=time.perf_counter):
 
 def run(script, **options):
     """Run a script's train() in a folder that is thrown away, without its words."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         return script.train(script.Args(**options, device="cpu", run_dir=f"{folder}/run"))
 
 

@@ -94,10 +94,22 @@ def plain(args):
     return json.loads(json.dumps(dataclasses.asdict(args)))
 
 
+def saved_options(about, script):
+    """Return the options in an args.json, those that it lacks at their defaults.
+
+    script: name of the module. Those that the script has no longer are left out.
+    """
+    default = plain(importlib.import_module(script).Args())
+    saved = {name: value for name, value in about["args"].items() if name in default}
+    if isinstance(saved.get("norm"), str):  # as it was before layers and filters were combined
+        position = saved.get("norm_position") or default["norm_position"]
+        saved |= {"norm": [saved["norm"]], "norm_position": position}
+    return default | saved
+
+
 def fits(about, run, free):
     """Return whether an args.json is of this run: all its options, but for those that are free."""
     script = importlib.import_module(run.cell.script)
     asked = plain(tyro.cli(script.Args, args=run.words()))
-    made = plain(script.Args()) | about["args"]  # an option that is newer than the run: default
-    same = all(made.get(name) == value for name, value in asked.items() if name not in free)
-    return same and bool(made.get("norm_stats")) == bool(asked.get("norm_stats"))
+    made = saved_options(about, run.cell.script)
+    return all(made[name] == value for name, value in asked.items() if name not in free)

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tyro.conf import Positional
 
-from study.cells import BY_HAND, RESULTS, fits, load, plain
+from study.cells import BY_HAND, RESULTS, fits, load, plain, saved_options
 
 SCALARS = "eval/return", "charts/episodic_return", "norm/actor_grad", "norm/saturation"
 SCALARS += "norm/q_bias", "norm/stat_lag", "norm/target_stretch"
@@ -66,8 +66,8 @@ def wall_time(run_dir):
 def described(about, script):
     """Return the options in an args.json that are not at their defaults, and the versions."""
     default = plain(importlib.import_module(script).Args())
-    args = {k: v for k, v in about["args"].items() if k not in NOT_OPTIONS}
-    options = " ".join(as_option(k, v) for k, v in args.items() if v != default.get(k))
+    args = {k: v for k, v in saved_options(about, script).items() if k not in NOT_OPTIONS}
+    options = " ".join(as_option(k, v) for k, v in args.items() if v != default[k])
     return options, " ".join(f"{k}=={v}" for k, v in about["versions"].items())
 
 

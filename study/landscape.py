@@ -37,7 +37,7 @@ def look(run_dir, commit):
     options, versions = collect.described(about, "ddpg_bn")
     what = "ddpg_bn", args.env, args.seed, options, commit, versions
     agent = ddpg_bn.make_agent(ddpg_bn.make_env(args), args, "cpu")
-    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
     obs, action, *_ = state["buffer"]["data"]
     drawn = np.random.default_rng(0).integers(len(obs), size=STATES)
     table = []

@@ -7,8 +7,8 @@ this repository at the same path and the same Python packages (Linux or macOS).
 Each run takes one CPU and one thread, and leaves runs/study/<cell>/<env>-seed<k>/, what it printed
 beside it in a .log, and at its end study/results/<cell>/<env>-seed<k>.csv. A run is done if, and
 only if, that file exists: so the results of several machines are merged by copying files. A run
-that was killed, or whose machine went away, is continued from its checkpoint (anew, if it has none,
-or if the machines do not share the disk of the run folders). One that diverges is a result.
+that was stopped or killed, or whose machine went away, is continued from its checkpoint (anew if
+the machines do not share the disk of the run folders). One that diverges is a result.
 """
 
 import fcntl
@@ -81,7 +81,7 @@ def command(run, folder, runs):
     with open(commits(folder), "a" if resumes else "w") as file:
         file.write(f"{version()}\n")
     if resumes:
-        return [*script, "--resume", str(folder)]
+        return [*script, "--resume", str(folder), "--device", "cpu"]
     shutil.rmtree(folder, ignore_errors=True)
     return [*script, *run.words(runs), "--run-dir", str(folder), "--device", "cpu"]
 
@@ -95,10 +95,10 @@ def execute(words, log, report):
         while child.poll() is None:
             time.sleep(0.5)
             log.seek(start)
-            steps = re.findall(r"^step (\d+) of", log.read(), re.MULTILINE)
+            steps = re.findall(r"^step (\d+):", log.read(), re.MULTILINE)
             if steps:
                 report(int(steps[-1]))
-    finally:  # if the task is cancelled, the script saves itself
+    finally:  # if the task is cancelled, the script ends, too
         child.terminate()
         child.wait()
     log.seek(start)
@@ -115,7 +115,7 @@ def finish(run, folder, runs, log, report):
         words = command(run, folder, runs)
         report(None if "--resume" in words else 0)
         code, text = execute(words, log, report)
-        if code == 2 or (code == 1 and "stopped at step" not in text):
+        if code == 2 or (code == 1 and "stopped: " not in text):
             line = text.split("\n")[-1]
             raise RuntimeError(f"{run.path()} ended with exit code {code}, see {log.name}: {line}")
 
@@ -309,8 +309,7 @@ def main(args):
         stop(ray, waiting)
         fail(getattr(error, "cause", error))
     except KeyboardInterrupt:
-        words = "stopping, the runs save themselves; then the same command goes on from there"
-        print(words, flush=True)
+        print("stopping; the same command goes on from the checkpoints", flush=True)
         stop(ray, waiting)
         sys.exit(1)
     finally:
@@ -318,7 +317,7 @@ def main(args):
 
 
 def stop(ray, waiting):
-    """Cancel tasks, and wait until their scripts have saved themselves."""
+    """Cancel tasks, and wait until their scripts have ended."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C is final
     for rows in waiting:
         ray.cancel(rows, recursive=False)

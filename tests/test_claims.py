@@ -14,8 +14,8 @@ CLAIMS, CELLS = load()
 
 
 def test_every_claim_says_all_that_a_verdict_needs():
-    expected = [f"F{k}" for k in range(1, 7)] + [f"Z{k}" for k in range(1, 11) if k != 8]
-    assert list(CLAIMS) == expected + [f"B{k}" for k in range(1, 22)]
+    names = [f"F{k}" for k in range(1, 7)] + [f"Z{k}" for k in range(1, 11) if k != 8]
+    assert list(CLAIMS) == names + [f"B{k}" for k in range(1, 22)]
     for claim in CLAIMS.values():
         assert {"source", "says", "metric", "compare"} <= claim.keys()
         assert re.fullmatch(r"\w+/\w+ (last \d+|mean)", claim["metric"])
@@ -37,8 +37,7 @@ def test_what_is_compared_is_run(claim):
 @pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 def test_the_options_of_a_cell_make_sense(cell):
     assert all(CELLS[need].envs == cell.envs for need in cell.needs())
-    script = importlib.import_module(cell.script)
-    script.check(tyro.cli(script.Args, args=cell.runs()[0].words()))
+    tyro.cli(importlib.import_module(cell.script).Args, args=cell.runs()[0].words())
 
 
 def test_every_result_is_of_a_cell():
@@ -53,9 +52,8 @@ def test_results_were_made_with_the_options_of_their_cell(cell):
     for run in cell.runs():
         file = RESULTS / f"{run.path()}.csv"
         if file.exists():
-            with open(file) as lines:
-                row = next(csv.DictReader(lines))
-            assert (row["cell"], row["env"], int(row["seed"])) == (cell.name, run.env, run.seed)
+            row = next(csv.DictReader(file.read_text().splitlines()))
+            assert (row["cell"], row["env"], row["seed"]) == (cell.name, run.env, str(run.seed))
             words = shlex.split(row["options"]), shlex.split(cell.options)
             made, asked = (plain(tyro.cli(script.Args, args=x)) for x in words)
             made, asked = ({k: v for k, v in x.items() if k not in BY_HAND} for x in (made, asked))
