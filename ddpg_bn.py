@@ -48,10 +48,6 @@ from tqdm import tqdm
 from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: all that the scripts share
 
 ACTIVATION = nn.ReLU  # of hidden layers
-CPU = torch.cpu.get_capabilities()
-if CPU.get("avx512_f") and not CPU.get("amx_tile"):  # take oneDNN, faster than MKL on AMD; without
-    # AMX it computes in float32 all the same, whatever the name says
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 # NORM begin: flag: the choices of --norm
 Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
 # NORM end
@@ -369,10 +365,7 @@ def act(agent, obs):
     obs = agent.obs_filter(obs, update=False)  # NORM obs: the policy sees what it learns from
     agent.actor.eval()  # NORM mode: one observation has no batch statistics
     obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.device).unsqueeze(0)
-    action = agent.actor(obs).squeeze(0).cpu().numpy()
-    if not np.isfinite(action).all():
-        raise FloatingPointError("an action is not finite")
-    return action
+    return agent.actor(obs).squeeze(0).cpu().numpy()
 
 
 def explore(agent, obs, rng, args):
@@ -415,13 +408,18 @@ def make_agent(env, args, device):
 def train(args):
     """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    cpu = torch.cpu.get_capabilities()
+    if cpu.get("avx512_f") and not cpu.get(
+        "amx_tile"
+    ):  # take oneDNN, faster than MKL on AMD, which
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # without AMX still means float32
     seeds = [int(x) for x in np.random.SeedSequence(args.seed).generate_state(4)]
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
     np.random.seed(seeds[0])
     rng = np.random.default_rng(seeds[1])
     env = make_env(args)
-    env.reset(seed=seeds[2])
+    env.unwrapped.reset(seed=seeds[2])
     env.action_space.seed(seeds[3])
     agent = make_agent(env, args, device)
     run = Run(args, agent, [rng, env.unwrapped.np_random, env.action_space.np_random])
@@ -439,8 +437,6 @@ def train(args):
                 action = explore(agent, obs, rng, args)
             # step
             next_obs, reward, terminated, truncated, _ = env.step(action)
-            if not np.isfinite([*next_obs, reward]).all():
-                raise FloatingPointError("an observation or a reward is not finite")
             agent.obs_stat.push(next_obs)  # NORM obs: in evaluation and from the replay none does
             done = terminated or truncated
             agent.reward_scale.learn(reward, done)  # NORM reward: each reward counts once
@@ -474,6 +470,7 @@ def train(args):
     finally:
         env.close()
         eval_env.close()
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
     return run.finish()
 
 
@@ -567,6 +564,13 @@ def norm_scalars(agent, batch):
 # ----------------------------------------------------------------- Environment and files of a run
 
 
+def checked(values):
+    """Return values if all are finite; raise FloatingPointError, which ends the run as diverged."""
+    if not np.isfinite(values).all():
+        raise FloatingPointError("an observation, an action or a reward is not finite")
+    return values
+
+
 def make_env(args, run=None):
     """Return an environment; it observes float32 vectors, and acts in [-1, 1].
 
@@ -587,15 +591,16 @@ def make_env(args, run=None):
     low, high = np.float64(space.low).ravel(), np.float64(space.high).ravel()
 
     def to_vector(obs):
-        return gym.spaces.flatten(obs_space, obs).astype(np.float32)
+        return checked(gym.spaces.flatten(obs_space, obs).astype(np.float32))
 
     def to_bounds(action):  # rounding may cross them, hence the clip
-        action = np.clip((low + high + action * (high - low)) / 2, low, high)
+        action = np.clip((low + high + checked(action) * (high - low)) / 2, low, high)
         return action.reshape(space.shape).astype(space.dtype)
 
     box = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(obs_space),))
     env = gym.wrappers.TransformObservation(env, to_vector, box)
     env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
+    env = gym.wrappers.TransformReward(env, lambda reward: float(checked(np.squeeze(reward))))
     # a key of its own, since an environment may have "episode" in its info already
     return gym.wrappers.RecordEpisodeStatistics(env, stats_key="of this run")
 
@@ -658,9 +663,10 @@ class Run:
         # NORM end
         new = args.run_dir or Path("runs", args.env.replace(":", "-"), Path(__file__).stem, name)
         self.dir = Path(args.resume or new)
-        self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
         if args.resume:
             self.load()
+        else:
+            self.dir.mkdir(parents=True)
         names = "torch", "gymnasium", "mujoco", "numpy"
         about = {"script": Path(__file__).stem, "args": asdict(args)}
         about["versions"] = {x: sys.modules[x].__version__ for x in names if x in sys.modules}

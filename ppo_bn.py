@@ -379,7 +379,7 @@ def train(args):
     rng = np.random.default_rng(seeds[1])
     envs = [make_env(args) for _ in range(args.num_envs)]
     for env, seed in zip(envs, seeds[2:], strict=True):
-        env.reset(seed=seed)
+        env.unwrapped.reset(seed=seed)
     agent = make_agent(envs[0], args, device)
     run = Run(args, agent, [rng, *(env.unwrapped.np_random for env in envs)])
     eval_envs = [make_env(args, run if k == 0 else None) for k in range(args.eval_episodes)]
@@ -399,8 +399,6 @@ def train(args):
                 action = policy.sample()
                 # step
                 next_obs, reward, terminated, truncated = step_all(envs, action.cpu().numpy())
-                if not np.isfinite([*reward, *next_obs.flat]).all():
-                    raise FloatingPointError("an observation or reward is not finite")
                 agent.obs_stat.push(next_obs)  # NORM obs: in evaluation none does
                 done = terminated | truncated
                 run.step += args.num_envs
@@ -427,9 +425,10 @@ def train(args):
             if episode_returns:
                 run.log({"charts/episodic_return": np.mean(episode_returns)})
             due = args.eval_every and run.step // args.eval_every > before // args.eval_every
-            if due and run.step < args.total_steps:
+            last = run.step >= args.total_steps
+            if due and not last:
                 run.evaluate(*evaluate(agent, eval_envs, args))
-            if run.step // args.save_every > run.saved // args.save_every:
+            if run.step // args.save_every > run.saved // args.save_every and not last:
                 run.save()
                 obs = None  # a resumed run cannot go on within an episode, so neither does this one
         run.evaluate(*evaluate(agent, eval_envs, args))
@@ -497,6 +496,13 @@ def norm_scalars(agent, batch):
 # ----------------------------------------------------------------- Environment and files of a run
 
 
+def checked(values):
+    """Return values if all are finite; raise FloatingPointError, which ends the run as diverged."""
+    if not np.isfinite(values).all():
+        raise FloatingPointError("an observation, an action or a reward is not finite")
+    return values
+
+
 def make_env(args, run=None):
     """Return an environment; it observes float32 vectors, and acts in [-1, 1], or discretely.
 
@@ -522,17 +528,18 @@ def make_env(args, run=None):
     shape = (gym.spaces.flatdim(obs_space),)
 
     def to_input(obs):
-        return gym.spaces.flatten(obs_space, obs).astype(np.float32)
+        return checked(gym.spaces.flatten(obs_space, obs).astype(np.float32))
 
     def to_env(action):
         if isinstance(space, gym.spaces.Discrete):
             return action + space.start
-        action = np.clip((low + high + action * (high - low)) / 2, low, high)  # D4
+        action = np.clip((low + high + checked(action) * (high - low)) / 2, low, high)  # D4
         return action.reshape(space.shape).astype(space.dtype)
 
     box = gym.spaces.Box(-np.inf, np.inf, shape)
     env = gym.wrappers.TransformObservation(env, to_input, box)
     env = gym.wrappers.TransformAction(env, to_env, actions)
+    env = gym.wrappers.TransformReward(env, lambda reward: float(checked(np.squeeze(reward))))
     # a key of its own, since an environment may have "episode" in its info already
     return gym.wrappers.RecordEpisodeStatistics(env, stats_key="of this run")
 
@@ -593,9 +600,10 @@ class Run:
         # NORM end
         new = args.run_dir or Path("runs", args.env.replace(":", "-"), Path(__file__).stem, name)
         self.dir = Path(args.resume or new)
-        self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
         if args.resume:
             self.load()
+        else:
+            self.dir.mkdir(parents=True)
         names = "torch", "gymnasium", "mujoco", "numpy"
         about = {"script": Path(__file__).stem, "args": asdict(args)}
         about["versions"] = {x: sys.modules[x].__version__ for x in names if x in sys.modules}

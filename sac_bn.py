@@ -59,10 +59,6 @@ from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: all that the 
 
 ACTIVATION = nn.ReLU  # of hidden layers
 torch.distributions.Distribution.set_default_validate_args(False)  # NaN ends a run as diverged
-CPU = torch.cpu.get_capabilities()
-if CPU.get("avx512_f") and not CPU.get("amx_tile"):  # take oneDNN, faster than MKL on AMD; without
-    # AMX it computes in float32 all the same, whatever the name says
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 # NORM begin: flag: the choices of --norm
 Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
 # NORM end
@@ -408,10 +404,7 @@ def act(agent, obs, explores=False):
     agent.actor.eval()  # NORM mode: one observation has no batch statistics
     obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.device).unsqueeze(0)
     action = agent.actor.sample(obs)[0] if explores else agent.actor(obs)
-    action = action.squeeze(0).cpu().numpy()
-    if not np.isfinite(action).all():
-        raise FloatingPointError("an action is not finite")
-    return action
+    return action.squeeze(0).cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------ Train
@@ -453,13 +446,18 @@ def make_agent(env, args, device):
 def train(args):
     """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    cpu = torch.cpu.get_capabilities()
+    if cpu.get("avx512_f") and not cpu.get(
+        "amx_tile"
+    ):  # take oneDNN, faster than MKL on AMD, which
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # without AMX still means float32
     seeds = [int(x) for x in np.random.SeedSequence(args.seed).generate_state(4)]
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
     np.random.seed(seeds[0])
     rng = np.random.default_rng(seeds[1])
     env = make_env(args)
-    env.reset(seed=seeds[2])
+    env.unwrapped.reset(seed=seeds[2])
     env.action_space.seed(seeds[3])
     agent = make_agent(env, args, device)
     run = Run(args, agent, [rng, env.unwrapped.np_random, env.action_space.np_random])
@@ -477,8 +475,6 @@ def train(args):
                 action = act(agent, obs, explores=True)
             # step
             next_obs, reward, terminated, truncated, _ = env.step(action)
-            if not np.isfinite([*next_obs, reward]).all():
-                raise FloatingPointError("an observation or a reward is not finite")
             agent.obs_stat.push(next_obs)  # NORM obs: in evaluation and from the replay none does
             done = terminated or truncated
             agent.reward_scale.learn(reward, done)  # NORM reward: each reward counts once
@@ -512,6 +508,7 @@ def train(args):
     finally:
         env.close()
         eval_env.close()
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
     return run.finish()
 
 
@@ -610,6 +607,13 @@ def norm_scalars(agent, batch):
 # ----------------------------------------------------------------- Environment and files of a run
 
 
+def checked(values):
+    """Return values if all are finite; raise FloatingPointError, which ends the run as diverged."""
+    if not np.isfinite(values).all():
+        raise FloatingPointError("an observation, an action or a reward is not finite")
+    return values
+
+
 def make_env(args, run=None):
     """Return an environment; it observes float32 vectors, and acts in [-1, 1].
 
@@ -630,15 +634,16 @@ def make_env(args, run=None):
     low, high = np.float64(space.low).ravel(), np.float64(space.high).ravel()
 
     def to_vector(obs):
-        return gym.spaces.flatten(obs_space, obs).astype(np.float32)
+        return checked(gym.spaces.flatten(obs_space, obs).astype(np.float32))
 
     def to_bounds(action):  # rounding may cross them, hence the clip
-        action = np.clip((low + high + action * (high - low)) / 2, low, high)
+        action = np.clip((low + high + checked(action) * (high - low)) / 2, low, high)
         return action.reshape(space.shape).astype(space.dtype)
 
     box = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(obs_space),))
     env = gym.wrappers.TransformObservation(env, to_vector, box)
     env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
+    env = gym.wrappers.TransformReward(env, lambda reward: float(checked(np.squeeze(reward))))
     # a key of its own, since an environment may have "episode" in its info already
     return gym.wrappers.RecordEpisodeStatistics(env, stats_key="of this run")
 
@@ -699,9 +704,10 @@ class Run:
         # NORM end
         new = args.run_dir or Path("runs", args.env.replace(":", "-"), Path(__file__).stem, name)
         self.dir = Path(args.resume or new)
-        self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
         if args.resume:
             self.load()
+        else:
+            self.dir.mkdir(parents=True)
         names = "torch", "gymnasium", "mujoco", "numpy"
         about = {"script": Path(__file__).stem, "args": asdict(args)}
         about["versions"] = {x: sys.modules[x].__version__ for x in names if x in sys.modules}

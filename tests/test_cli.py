@@ -1,395 +1,251 @@
-"""The scripts as programs: mistakes, stops, copies of a stripped file."""
+"""The scripts as programs: options, damaged and foreign files, copies without the markers."""
 
-import errno
+import contextlib
 import importlib
+import io
 import itertools
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-import tyro
-from conftest import checkpoint, same, unmeasured
+from conftest import checkpoint, same
 
 import ddpg_bn
 
 ROOT = Path(__file__).parent.parent
 OFF_POLICY, ON_POLICY = ["ddpg_bn", "sac_bn"], ["reinforce_bn", "ppo_bn"]
 SCRIPTS = OFF_POLICY + ON_POLICY
-SHORT = "--hidden-sizes 16 16 --eval-every 300 --eval-episodes 1 --device cpu"
+SHORT = "--hidden-sizes 16 16 --eval-every 300 --eval-episodes 1 --device cpu --total-steps 500"
 TINY = dict.fromkeys(OFF_POLICY, f"--env Pendulum-v1 --learning-starts 100 --batch-size 32 {SHORT}")
 TINY["reinforce_bn"] = f"--env CartPole-v1 --num-envs 4 {SHORT}"
 TINY["ppo_bn"] = f"--env Pendulum-v1 --num-envs 4 --num-steps 25 --minibatches 4 {SHORT}"
 
 
-def run(script, options, cwd, wait=True):
-    """Start a script as a user would, in another folder."""
-    process = subprocess.Popen(
-        [sys.executable, script, *options.split()],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # tiny networks, and a machine may be busy
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if not wait:
-        return process
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+def play(path, words):
+    """Run a script's main part in this process; return its exit code, stdout and stderr."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    handler, sys.argv = signal.getsignal(signal.SIGTERM), [str(path), *words]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as end:
+        said = end.code if isinstance(end.code, str) else ""  # which Python prints, with code 1
+        return 1 if said else end.code, out.getvalue(), err.getvalue() + said
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, handler)
+    raise AssertionError("a script ends with sys.exit")
 
 
-def train(script, options):
-    """Run a script's train() in this process, which saves the start of another one."""
-    module = importlib.import_module(script)
-    return module.train(tyro.cli(module.Args, args=options.split()))
+def words_of(options):
+    """Return options of Args as words of a command line."""
+    for name, value in options.items():
+        option = name.replace("_", "-")
+        yield f"--no-{option}" if value is False else f"--{option}"
+        if not isinstance(value, bool):
+            yield from map(str, value if isinstance(value, tuple) else (value,))
 
 
 # ------------------------------------------------------------------------------ Mistakes
 
+BN = {"norm": "batchnorm"}
+REFUSED = [
+    (SCRIPTS, {"norm": "batch_norm"}, "--norm"),
+    (SCRIPTS, {"norm": ("batchnorm", "layernorm")}, "--norm needs"),
+    (SCRIPTS, {"norm": ("none", "zfilter")}, "--norm needs"),
+    (SCRIPTS, {"norm": "zfilter", "norm_position": ("pre",)}, "--norm-position needs"),
+    (SCRIPTS, {"norm": "zfilter", "norm_net": "actor"}, "--norm-net needs"),
+    (SCRIPTS, BN | {"norm_position": ()}, "--norm-position needs"),
+    (SCRIPTS, {"norm": "fixed"}, "--norm needs"),
+    (SCRIPTS, {"norm_stats": "x.npz"}, "--norm-stats needs"),
+    (SCRIPTS, {"norm": "layernorm", "bn_momentum": 0.01}, "--bn-momentum needs"),
+    (SCRIPTS, BN | {"bn_warmup": 5}, "--bn-warmup needs"),
+    (OFF_POLICY, {"bn_joint": True}, "--bn-joint needs"),
+    (OFF_POLICY, {"norm": "layernorm", "bn_policy_critic": "eval"}, "--bn-policy-critic needs"),
+    (OFF_POLICY, BN | {"norm_net": "actor", "bn_joint": True}, "--bn-joint needs"),
+    (OFF_POLICY, BN | {"bn_target": "train", "target_network": False}, "--bn-target needs"),
+    (OFF_POLICY, {"tau": 0.5, "target_network": False}, "--tau needs"),
+    (OFF_POLICY, BN | {"batch_size": 1}, "--batch-size needs"),
+    (OFF_POLICY, {"weight_norm": True}, "--weight-norm needs"),
+    (["ddpg_bn"], {"hidden_sizes": (9,), "action_layer": 1}, "--action-layer needs"),
+    (ON_POLICY, {"norm": "layernorm", "bn_rollout": "train"}, "--bn-rollout needs"),
+    (ON_POLICY, BN | {"num_envs": 1, "bn_rollout": "train"}, "--num-envs needs"),
+    (ON_POLICY, BN | {"bn_update": "eval", "bn_momentum": 0.5}, "--bn-momentum needs"),
+    (["ppo_bn"], {"minibatches": 7}, "--minibatches needs"),
+    (["ppo_bn"], {"minibatches": 2048}, "--minibatches needs"),
+    (["reinforce_bn"], BN | {"network": "linear"}, "--norm needs"),
+    (["reinforce_bn"], {"norm": "batchrenorm", "network": "cnn"}, "--network needs"),
+    (["reinforce_bn"], {"network": "linear", "hidden_sizes": (5,)}, "--hidden-sizes needs"),
+    (["reinforce_bn"], BN | {"norm_net": "critic", "bn_recalibrate": 9}, "--bn-recalibrate needs"),
+]
 
-def with_scripts(scripts, mistakes):
-    return [(script, *mistake) for script in scripts for mistake in mistakes]
+
+@pytest.mark.parametrize("scripts, options, words", REFUSED, ids=str)
+def test_senseless_options_are_refused_and_leave_nothing(
+    scripts, options, words, tmp_path, monkeypatch
+):
+    """By Args, and on the command line with exit code 2."""
+    monkeypatch.chdir(tmp_path)
+    for script in scripts:
+        with pytest.raises(ValueError, match=words):
+            importlib.import_module(script).Args(**options)
+    code, out, err = play(ROOT / f"{script}.py", words_of(options))
+    assert (code, out) == (2, "") and words in re.sub(r"[\s│]+", " ", err), err
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "script, options, words",
-    with_scripts(
-        SCRIPTS,
-        [
-            ({"norm": "zfilter", "norm_position": ("pre",)}, ["--norm-position", "zfilter"]),
-            ({"norm_position": ("pre",)}, ["--norm-position", "--norm"]),
-            ({"norm": "fixed"}, ["--norm fixed", "--norm-stats"]),
-            ({"norm_stats": "x.npz"}, ["--norm fixed", "--norm-stats"]),
-            ({"norm": "fixed", "norm_stats": "no/such.npz"}, ["--norm-stats", "no/such.npz"]),
-            ({"norm": "fixed", "norm_stats": __file__}, ["--norm-stats", "no statistics"]),
-            ({"norm": "layernorm", "bn_momentum": 0.01}, ["--bn-momentum", "batchnorm"]),
-            (
-                {"norm": "layernorm", "norm_position": ("post", "post")},
-                ["--norm-position names a place twice"],
-            ),
-            ({"norm": "batch_norm"}, ["--norm batch_norm", "batchnorm"]),
-            (
-                {"norm": "batchnorm", "norm_position": ("pre", "mid")},
-                ["--norm-position mid", "post"],
-            ),
-            ({"norm": "batchnorm", "bn_warmup": 5}, ["--bn-warmup", "batchrenorm"]),
-            ({"bn_warmup": 5}, ["--bn-warmup needs --norm batchrenorm"]),
-            ({"norm": "zfilter", "norm_net": "actor"}, ["--norm-net"]),
-            ({"env": "Nope-v9"}, ["--env Nope-v9"]),
-            ({"env": "FrozenLake-v1"}, ["--env FrozenLake-v1", "observes"]),
-            ({"resume": "no/such/run"}, ["--resume no/such/run"]),
-            ({"device": "cuda"}, ["--device cuda"]),
-        ],
-    )
-    + with_scripts(
-        OFF_POLICY,
-        [
-            ({"bn_joint": True}, ["--bn-joint", "batchnorm"]),
-            (
-                {"norm": "layernorm", "bn_policy_critic": "eval"},
-                ["--bn-policy-critic", "batchnorm"],
-            ),
-            ({"norm": "batchnorm", "norm_net": "actor", "bn_joint": True}, ["--norm-net actor"]),
-            (
-                {"norm": "batchnorm", "bn_target": "train", "target_network": False},
-                ["--bn-target", "--no-target-network"],
-            ),
-            ({"tau": 0.5, "target_network": False}, ["--tau", "--no-target-network"]),
-            ({"buffer_size": 10**12}, ["--buffer-size", "too large"]),
-            ({"run_dir": f"{__file__}/run"}, ["--run-dir", "cannot be made"]),
-            ({"norm": "batchnorm", "batch_size": 1}, ["--batch-size"]),
-            ({"env": "CartPole-v1"}, ["--env CartPole-v1", "continuous"]),
-        ],
-    )
-    + with_scripts(
-        ON_POLICY,
-        [
-            ({"norm": "layernorm", "bn_rollout": "train"}, ["--bn-rollout", "batchnorm"]),
-            ({"bn_recalibrate": 5}, ["--bn-recalibrate", "batchnorm"]),
-            ({"norm": "batchnorm", "num_envs": 1}, ["--num-envs 1"]),
-            (
-                {"norm": "batchnorm", "bn_update": "eval", "bn_momentum": 0.5},
-                ["--bn-momentum", "train mode", "--bn-update eval"],
-            ),
-            ({"norm": "batchnorm", "network": "linear"}, ["--norm-position input"]),
-            ({"norm": "batchrenorm", "network": "cnn"}, ["--norm batchrenorm", "--network cnn"]),
-            ({"network": "cnn"}, ["--network cnn", "observes"]),
-            ({"network": "linear", "hidden_sizes": (5,)}, ["--hidden-sizes", "--network linear"]),
-            (
-                {"norm": "batchnorm", "norm_net": "critic", "bn_recalibrate": 9},
-                ["--bn-recalibrate", "--norm-net critic"],
-            ),
-        ],
-    )
-    + with_scripts(
-        ["ppo_bn"],
-        [
-            ({"minibatches": 7}, ["--minibatches 7", "2048"]),
-            ({"minibatches": 2048}, ["--minibatches", "one sample"]),
-        ],
-    )
-    + with_scripts(
-        ["sac_bn"],
-        [
-            ({"log_std_min": 3.0}, ["--log-std-min", "--log-std-max"]),
-            (
-                {"norm": "batchnorm", "norm_net": "actor", "bn_target": "train"},
-                ["--bn-target", "--norm-net actor"],
-            ),
-        ],
-    ),
-    ids=str,
-)
-def test_a_mistake_gets_one_line_and_leaves_nothing(
-    script, options, words, tmp_path, monkeypatch, capsys
+FAILS = [
+    (SCRIPTS, {"env": "Nope-v9"}, "NameNotFound: "),
+    (SCRIPTS, {"norm": "fixed", "norm_stats": "no/such.npz"}, "no/such.npz"),
+    (SCRIPTS, {"resume": "no/such/run"}, "no/such/run"),
+    (SCRIPTS, {"run_dir": f"{__file__}/run"}, "NotADirectoryError: "),
+    (SCRIPTS, {"run_dir": str(ROOT)}, "FileExistsError: "),
+    (OFF_POLICY, {"env": "CartPole-v1"}, "choose bounded, continuous actions"),
+    (["reinforce_bn"], {"network": "cnn"}, "--network cnn needs images"),
+]
+
+
+@pytest.mark.parametrize("scripts, options, words", FAILS, ids=str)
+def test_what_cannot_be_done_ends_in_one_line_and_leaves_nothing(
+    scripts, options, words, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    module = importlib.import_module(script)
-    if options.get("device") == "cuda" and torch.cuda.is_available():
-        pytest.skip("no mistake on this machine")
-    options = {"env": "Pendulum-v1"} | options
-    with pytest.raises(SystemExit) as end:
-        module.train(module.Args(**options))
-    assert end.value.code == 2
-    captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert captured.out == "" and len(lines) == 1, lines
-    assert all(word in lines[0] for word in words), lines
+    for script in scripts:
+        options = {"env": "CartPole-v1" if script == "reinforce_bn" else "Pendulum-v1"} | options
+        code, out, err = play(ROOT / f"{script}.py", words_of(options))
+        (line,) = err.strip().splitlines()
+        assert (code, out) == (1, "") and words in line and re.search(r"\(\S+\.py:\d+\)$", line)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_values_out_of_range(script, tmp_path, monkeypatch, capsys):
+def test_the_main_job_reaches_updates(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    module = importlib.import_module(script)
-    tried = set()
-    for low, high, names in module.LIMITS:
-        for name, value in itertools.product(names.split(), (low - 1, high + 1, float("nan"))):
-            if low <= value <= high:
-                continue  # there is no value above infinity
-            default = getattr(module.Args(), name)
-            value = (16, value) if isinstance(default, tuple) else value
-            with pytest.raises(SystemExit) as end:
-                module.train(module.Args(**{name: value}))
-            (line,) = capsys.readouterr().err.strip().splitlines()
-            assert end.value.code == 2 and line.split()[1] == f"--{name.replace('_', '-')}", line
-            tried.add(name)
-    kinds = int, float, tuple, type(None)
-    numbers = {k for k, v in vars(module.Args()).items() if type(v) in kinds}
-    assert tried == numbers - {"norm_position", "action_layer"}, numbers ^ tried
-    with pytest.raises(SystemExit):
-        module.train(module.Args(hidden_sizes=()))
-    assert "--hidden-sizes needs" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_papers_critic_needs_two_layers(capsys):
-    with pytest.raises(SystemExit):
-        ddpg_bn.train(ddpg_bn.Args(hidden_sizes=(16,), action_layer=1))
-    assert "--action-layer 1 needs two --hidden-sizes" in capsys.readouterr().err
-
-
-def test_a_mistake_on_the_command_line_has_no_traceback(tmp_path):
-    """As a user sees it; test_mistakes.py makes many more."""
-    code, out, err = run(ROOT / "ddpg_bn.py", "--norm zfilter --norm-position pre", tmp_path)
-    assert (code, out) == (2, "") and len(err.strip().splitlines()) == 1 and "Traceback" not in err
-    assert err.startswith("ddpg_bn.py: --norm-position")
-
-
-def test_a_run_dir_is_never_overwritten(small, capsys):
-    args = small(ddpg_bn, total_steps=120)
-    ddpg_bn.train(args)
-    with pytest.raises(SystemExit):
-        ddpg_bn.train(args)
-    assert "exists" in capsys.readouterr().err
-
-
-def test_a_link_to_nowhere_is_no_folder_for_runs(small, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("runs").symlink_to("nowhere")
-    with pytest.raises(SystemExit):
-        ddpg_bn.make_run_dir(small(ddpg_bn, run_dir=""))
-    assert "cannot be made" in capsys.readouterr().err
-
-
-def test_runs_of_the_same_second_do_not_collide(small, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
-    args = small(ddpg_bn, run_dir="", norm="batchnorm", norm_position=("input", "pre"))
-    names = [ddpg_bn.make_run_dir(args) for _ in range(3)]
-    assert len(set(names)) == 3 and all(name.is_dir() for name in names)
-    name = "batchnorm-norm_position=input+pre-seed1-20260101-000000"
-    assert names[0] == Path("runs/Pendulum-v1/ddpg_bn") / name
-    args.norm_position, args.bn_momentum = (), 0.0  # zero is a choice too
-    assert ddpg_bn.make_run_dir(args).name == "batchnorm-bn_momentum=0.0-seed1-20260101-000000"
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_main_job_reaches_updates(script, tmp_path):
-    options = "--norm batchnorm --env Ant-v4 --total-steps 600"
+    options = "--norm batchnorm --env Ant-v4 --total-steps 600 --eval-episodes 1 --eval-every 0"
+    options += " --max-episode-steps 100"
     options += " --learning-starts 500" if script in OFF_POLICY else " --num-envs 4"
     options += " --num-steps 60 --minibatches 8 --epochs 2" if script == "ppo_bn" else ""
-    code, out, err = run(ROOT / f"{script}.py", f"{options} --eval-episodes 1", tmp_path)
-    assert code == 0, err
-    lines = out.strip().splitlines()
-    run_dir = lines[0].removeprefix("run: ")
-    assert run_dir.startswith(f"runs/Ant-v4/{script}/batchnorm-seed1-")
-    assert re.match(r"final evaluation at step \d+: return ", lines[-3])
-    assert lines[-2:] == [f"files: {run_dir}", f"look:  tensorboard --logdir {run_dir}"]
-    files = {path.name.split(".")[0] for path in (tmp_path / run_dir).iterdir()}
+    code, out, err = play(ROOT / f"{script}.py", options.split())
+    assert code == 0 and re.search(r"step \d+: return ", err), err
+    run_dir = out.splitlines()[0].removeprefix("run: ")
+    assert re.fullmatch(rf"runs/Ant-v4/{script}/norm-batchnorm-seed1-[\d-]+", run_dir)
+    assert out.endswith(f"files: {run_dir}\nlook:  tensorboard --logdir {run_dir}\n")
+    files = {path.name.split(".")[0] for path in Path(run_dir).iterdir()}
     assert files == {"args", "checkpoint", "events", "obs_stats", "result"}
-    result = json.loads((tmp_path / run_dir / "result.json").read_text())
-    updates = {"ddpg_bn": 100, "sac_bn": 100, "ppo_bn": 48}
-    assert result["updates"] == updates.get(script, result["updates"]) >= 21
-    assert result["steps"] == {"ppo_bn": 720}.get(script, result["steps"]) >= 600
+    result = json.loads(Path(run_dir, "result.json").read_text())
+    assert result["updates"] >= 21 and result["steps"] >= 600
 
 
-# ---------------------------------------------------------------------- Stop, resume, go on
+# ---------------------------------------------------------------------- Runs that go on
 
 
-def test_resume_extends_and_evaluates_again(small, capsys):
-    short = small(ddpg_bn, total_steps=600, norm="batchnorm", eval_every=200)
-    first = ddpg_bn.train(short)
-    again = small(ddpg_bn, total_steps=600, norm="batchnorm", eval_every=200)
-    again.run_dir, again.resume = short.run_dir, short.run_dir
-    assert ddpg_bn.train(again)["eval"] == first["eval"]  # saved, loaded, evaluated: to the bit
-    again.total_steps = 800  # Pendulum's episodes end at 600 too
-    extended = ddpg_bn.train(again)
-    whole = small(ddpg_bn, total_steps=800, norm="batchnorm", eval_every=200)
-    assert ddpg_bn.train(whole)["eval"] == extended["eval"]
-    a, b = checkpoint(short.run_dir), checkpoint(whole.run_dir)
-    assert same(a["critic"], b["critic"]) and same(a["actor_optimizer"], b["actor_optimizer"])
-    again.total_steps = 700
-    with pytest.raises(SystemExit):
-        ddpg_bn.train(again)
-    assert "--total-steps 700 is less than the run's 800" in capsys.readouterr().err
-    assert json.loads(Path(short.run_dir, "result.json").read_text())["steps"] == 800
-    again.total_steps, again.critic_lr = 800, 0.5
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        ddpg_bn.train(again)
-    assert "--critic-lr cannot change" in capsys.readouterr().err
+def test_resume_extends_and_evaluates_again(small):
+    """A run that was over may go further, with the same options but for those that end it."""
+    options = {"env": "ShortPendulum-v0", "norm": "batchnorm", "eval_every": 80}
+    first = ddpg_bn.train(small(ddpg_bn, total_steps=160, **options))
+    whole = ddpg_bn.train(small(ddpg_bn, total_steps=320, **options))
+    again = ddpg_bn.saved_args(first["run_dir"])
+    assert ddpg_bn.train(again)["eval"] == first["eval"]
+    for options in ({"critic_lr": 0.5}, {"norm": ("layernorm",)}, {"env": "Pendulum-v0"}):
+        with pytest.raises(ValueError, match=f"another --{next(iter(options))}"):
+            ddpg_bn.Run(replace(again, **options), None, [])
+    extended = ddpg_bn.train(replace(again, total_steps=320, save_every=3, eval_episodes=1))
+    assert whole["eval"] == extended["eval"] and len(whole["eval"]) == 4
+    states = [checkpoint(result["run_dir"]) for result in (whole, extended)]
+    assert all(same(*(state[name] for state in states)) for name in ("agent", "random", "torch"))
 
 
-def test_where_nothing_may_be_looked_at_no_folder_is_made(small, capsys, tmp_path, monkeypatch):
-    def refuse(*args, **options):
-        raise PermissionError(errno.EACCES, "Permission denied")
+class Code:
+    """Writes a file if it is ever unpickled."""
 
-    monkeypatch.chdir(tmp_path)
-    for name in ("mkdir", "stat", "is_dir"):  # what pathlib says of runs/ that another user owns
-        monkeypatch.setattr(Path, name, refuse)
-    with pytest.raises(SystemExit):
-        ddpg_bn.make_run_dir(small(ddpg_bn, run_dir=""))
-    assert "cannot be made (Permission denied)" in capsys.readouterr().err
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
 
 
-def test_a_read_only_disk_ends_in_one_line(tmp_path, monkeypatch):
-    def refuse(*args, **options):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr("builtins.open", refuse)
-    monkeypatch.setattr(Path, "unlink", refuse)  # even of what is not there
-    with pytest.raises(SystemExit, match=r"args\.json is not written.*Read-only file system"):
-        ddpg_bn.write(tmp_path / "args.json", None)
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path):
-    """A file may not grow beyond 20 kB, which stops torch's own writer in the middle."""
-    path = tmp_path / "checkpoint.pt"
-    code = f"""
-import pathlib, resource, sys
-import torch
-sys.path.insert(0, {str(ROOT)!r})
-import ddpg_bn
-path = pathlib.Path({str(path)!r})
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-ddpg_bn.write(path, lambda file: torch.save(torch.zeros(10), file))
-ddpg_bn.write(path, lambda file: torch.save(torch.ones(10_000), file))
-"""
-    command, env = [sys.executable, "-c", code], unmeasured()
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 1
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith(f"{path} is not written")
-    assert torch.equal(torch.load(path), torch.zeros(10))
-    assert [x.name for x in tmp_path.iterdir()] == ["checkpoint.pt"]
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_checkpoints_that_are_damaged_foreign_or_code_are_refused(script, small, tmp_path):
+    module = importlib.import_module(script)
+    other = importlib.import_module(SCRIPTS[SCRIPTS.index(script) ^ 1])
+    args = small(module, env="ShortPendulum-v0", total_steps=130)
+    module.train(args)
+    stranger = other.train(small(other, env="ShortPendulum-v0", total_steps=130))["run_dir"]
+    file = Path(args.run_dir, "checkpoint.pt")
+    whole, state, code = file.read_bytes(), checkpoint(args.run_dir), Code(tmp_path / "proof")
+    bad = [[state], *(state | {name: code} for name in state)]
+    nan = {"count": 5, "mean": [float("nan")] * 3, "m2": [1.0] * 3}
+    bad += [state | {"agent": state["agent"] | part} for part in ({"actor": {}}, {"obs_stat": nan})]
+    contents = [Path(stranger, "checkpoint.pt").read_bytes(), b"", whole[:-99]]
+    for content in [*contents, *bad]:
+        torch.save(content, file)
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        before = file.read_bytes()
+        with pytest.raises(Exception):  # noqa: B017
+            module.train(module.saved_args(args.run_dir))
+        assert file.read_bytes() == before and Path(args.run_dir, "result.json").exists()
+    file.write_bytes(whole)
+    assert not module.train(module.saved_args(args.run_dir))["diverged"]
+    assert not (tmp_path / "proof").exists()
 
 
-INTERRUPTS = dict.fromkeys(SCRIPTS, signal.SIGINT) | {"sac_bn": signal.SIGTERM}
-
-
-@pytest.mark.parametrize("script, number", INTERRUPTS.items())
-def test_ctrl_c_saves_and_says_how_to_go_on(script, number, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = f"{TINY[script]} --total-steps 1500 --run-dir"
-    process = run(ROOT / f"{script}.py", f"{options} stopped", tmp_path, wait=False)
-    deadline = time.time() + 120
-    while not list(tmp_path.glob("stopped/events*")):
-        assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.01)
-    time.sleep(0.2)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and "Traceback" not in err, err
-    assert "again to stop at once" in err
-    step = int(re.search(r"stopped at step (\d+): --resume stopped goes on", out)[1])
-    assert 0 < step < 1500 and not Path("stopped/result.json").exists()
-    code, out, err = run(ROOT / f"{script}.py", "--resume stopped", tmp_path)
-    assert code == 0 and "final evaluation" in out, err
-    result = json.loads(Path("stopped/result.json").read_text())
-    assert result["steps"] >= 1500
-    if script == "ddpg_bn":  # it stopped where an episode ended
-        whole = train(script, f"{options} whole")
-        assert [list(point) for point in whole["eval"]] == result["eval"]
-        assert same(checkpoint("whole"), checkpoint("stopped"))
+def test_statistics_that_are_damaged_foreign_or_code_are_refused(small, tmp_path):
+    file, good = tmp_path / "stats.npz", {"count": 9, "mean": np.zeros(3), "m2": np.ones(3)}
+    code, good["env"] = np.array([Code(tmp_path / "proof")], object), "ShortPendulum-v0"
+    for bad in ({"mean": code}, {"env": code}, {"env": "Countdown-v0"}, {"mean": np.zeros(4)}, {}):
+        np.savez(file, **good | bad)
+        file.write_bytes(file.read_bytes() if bad else b"mean")
+        args = small(ddpg_bn, env="ShortPendulum-v0", norm="fixed", norm_stats=str(file))
+        with pytest.raises((ValueError, OSError)):
+            ddpg_bn.train(args)
+        assert not Path(args.run_dir).exists() and not (tmp_path / "proof").exists()
+    np.savez(file, **good)
+    ddpg_bn.train(args)
+    kept = checkpoint(args.run_dir)["agent"]["obs_filter"]
+    assert kept["mean"] == [0, 0, 0] and kept["m2"] == [1, 1, 1]
 
 
 # --------------------------------------------------------------------- The strip property
 
-
-def strip(text):
-    """Do what the sed line of the README does."""
-    command = ["sed", "/# NORM begin/,/# NORM end/d; /# NORM/d"]
-    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
-
-
-TRACES = r"\bnorm\b|\bnorm_|[Nn]ormaliz|NORM|BatchNorm|LayerNorm|Renorm|zfilter|ZFilter"
-TRACES += r"|reward_norm|[Rr]eward_?[Ss]cale|reward_stat|moment|recalibrat|first_ratio"
+TRACES = r"(?<!\.)\bnorm\b|\bnorm_|[Nn]ormaliz|NORM|BatchNorm|LayerNorm|Renorm|[Zz]-?[Ff]ilter"
+TRACES += r"|recalibrat|reward_norm|[Rr]eward_?[Ss]cale|moment|first_ratio|RunningStat"
 TRACES += (
-    r"|RunningStat|obs_filter|obs_stat|running_|\.eval\(\)|\.train\(|\.buffers\(\)|\bbn_|statistic"
+    r"|obs_filter|obs_stat|running_|\.eval\(\)|\.train\(|\.buffers\(\)|\bbn_|statistic|weight_norm"
 )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_stripped_script_is_plain_and_complete(script, tmp_path):
-    path = tmp_path / f"{script.removesuffix('_bn')}.py"
-    path.write_text(strip((ROOT / f"{script}.py").read_text()))
-    plain = path.read_text()
-    assert not re.findall(rf".*(?:{TRACES}).*", plain)
+def test_a_stripped_script_is_plain_and_complete(script, tmp_path):
+    """The command is that of the docstring; its copy runs alone, and gives the same numbers."""
+    text = (ROOT / f"{script}.py").read_text()
+    (command,) = re.findall(r"^(?:Without: )?(sed .* > plain\.py)", text, re.MULTILINE)
+    (tmp_path / f"{script}.py").write_text(text)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    (tmp_path / "alone").mkdir()
+    plain = (tmp_path / "plain.py").rename(tmp_path / "alone/plain.py")
+    assert not re.findall(rf".*(?:{TRACES}).*", plain.read_text())
     ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--line-length", "100"]
-    ruff = subprocess.run([*ruff, "--select", "E,F,W,B,UP,RUF", path], capture_output=True)
-    assert ruff.returncode == 0, ruff.stdout
-    options = f"{TINY[script]} --total-steps 500 --run-dir"
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    path = path.rename(empty / path.name)
-    code, _, err = run(path, f"{options} {tmp_path}/plain", empty)
-    assert code == 0, err
-    whole = train(script, f"{options} {tmp_path}/none --norm none")
-    a, b = checkpoint(tmp_path / "plain"), checkpoint(tmp_path / "none")
-    statistics = {"obs_stat", "obs_filter"} | ({"reward_stat"} if script in ON_POLICY else set())
-    assert b.keys() - a.keys() == statistics
-    assert same(a, {key: b[key] for key in a})
-    plain = json.loads((tmp_path / "plain/result.json").read_text())
-    assert plain["eval"] == [list(x) for x in whole["eval"]]
-    updates = {"ddpg_bn": 400, "sac_bn": 400, "ppo_bn": 5 * 10 * 4}
-    assert plain["updates"] == updates.get(script, whole["updates"]) > 50
+    assert not subprocess.run([*ruff, "--select", "E,F,W,B,UP,RUF", plain]).returncode
+    runs = (plain, "plain"), (ROOT / f"{script}.py", "none")
+    for path, name in runs:  # in processes of their own, as importing a script may set up torch
+        command = [sys.executable, path, *TINY[script].split(), "--run-dir", tmp_path / name]
+        subprocess.run(command, check=True, cwd=plain.parent, capture_output=True)
+    a, b = (checkpoint(tmp_path / run) for run in ("plain", "none"))
+    assert b["agent"].keys() - a["agent"].keys() == {"obs_stat", "obs_filter", "reward_scale"}
+    b["agent"] = {key: b["agent"][key] for key in a["agent"]}
+    assert all(same(a[name], b[name]) for name in a if name != "args")
+    assert a["progress"][1] > 50 and len(a["progress"][2]) == 2
 
 
 KINDS = "flag", "obs", "reward", "layer", "mode", "batch", "target", "report", "save"
@@ -398,18 +254,15 @@ KINDS = "flag", "obs", "reward", "layer", "mode", "batch", "target", "report", "
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_markers_have_the_agreed_form(script):
     for number, line in enumerate((ROOT / f"{script}.py").read_text().splitlines(), 1):
-        if "NORM" in line and line.strip() != "# NORM end":
+        if "NORM" in line.replace("the word NORM", "") and line.strip() != "# NORM end":
             match = re.search(r"# NORM (begin: )?(\w+): \S+", line)
             assert match and match[2] in KINDS, (number, line)
 
 
-def test_the_readme_explains_each_kind_of_marker():
+def test_the_readme_explains_each_kind_of_marker_and_shows_a_function_as_it_is():
     readme = (ROOT / "README.md").read_text()
     assert re.findall(r"^\| `(\w+)` \| [^|]+ \|$", readme, re.MULTILINE) == list(KINDS)
-
-
-def test_the_function_that_the_readme_shows_stands_in_the_script():
-    (shown,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    shown, *_ = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert shown.startswith("def actor_loss") and shown in (ROOT / "ddpg_bn.py").read_text()
 
 
@@ -419,10 +272,11 @@ def test_links_lead_somewhere(name):
         heads = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
         return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
-    text = (ROOT / name).read_text()
-    for link in re.findall(r"\]\(([^)]+)\)", " ".join(text.split())):
-        if not link.startswith("https://"):
-            file, _, anchor = link.partition("#")
-            path = (ROOT / name).parent / file if file else ROOT / name
-            assert path.exists(), link
-            assert not anchor or anchor in anchors(path), link
+    text = " ".join((ROOT / name).read_text().split())
+    for link in itertools.filterfalse(
+        re.compile("https://").match, re.findall(r"\]\(([^)]+)\)", text)
+    ):
+        file, _, anchor = link.partition("#")
+        path = (ROOT / name).parent / file if file else ROOT / name
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path), link

@@ -1,302 +1,262 @@
-"""Environments that give what no network can use, or little of it: a clear line, or a run."""
+"""Environments as users write them: each trains, or ends with words about it."""
 
-import contextlib
 import importlib
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import all_scalars, checkpoint
+from conftest import Picture, checkpoint, same
+from gymnasium import spaces
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
+
+import reinforce_bn
 
 SCRIPTS = ["reinforce_bn", "ppo_bn", "ddpg_bn", "sac_bn"]
-NAN, INF = float("nan"), float("inf")
-BOX = gym.spaces.Box
-VECTOR = {"observation_space": BOX(-np.inf, np.inf, (3,), np.float64)}
+NAN, BOX = float("nan"), spaces.Box(-9, 9, (2,), np.float32)
+ROOMS = []  # that were made since a test began
 
 
-class Hostile(gym.Env):
-    """Dies after `length` steps; from step `since` of its life on, `odd` are in the observation.
+class Room(gym.Env):
+    """Seven steps that pay 1 each and observe noise; `about` says what is odd, and when."""
 
-    odd: {"obs" or "reward": value}; only_in: the seeds' range that it is hostile in.
-    """
+    def __init__(self, **about):
+        self.about, self.life, self.closed, self.array = about, 0, False, np.zeros(3, np.float32)
+        self.observation_space = about.get("observes", spaces.Box(-9, 9, (3,), np.float32))
+        self.action_space = about.get("acts", spaces.Box(-1, 1, (2,), np.float32))
+        ROOMS.append(self)
 
-    def __init__(self, observation_space=None, action_space=None, length=7, since=150, **odd):
-        self.observation_space = observation_space or VECTOR["observation_space"]
-        self.action_space = action_space or BOX(np.float32([-1, -0.3]), np.float32([2, 0.7]))
-        self.length, self.since, self.odd, self.life = length, since, odd, 0
-        self.in_evaluation = False
-        self.array = np.zeros(self.observation_space.shape, self.observation_space.dtype)
+    def close(self):
+        self.closed = True
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        if seed is not None:
-            self.in_evaluation = seed >= 1_000_000
-        self.t = 0
+        if seed is not None and "generator" in self.about:
+            self.np_random = self.about["generator"](seed % 2**32)
+        if seed is not None and "seeds" in self.about:
+            random.seed(seed), np.random.seed(seed % 2**32)
+        self.t, self.in_evaluation = 0, self.np_random_seed == 1_000_000
         return self.observe(), {}
 
-    def is_odd(self):
-        where = self.odd.get("where", "everywhere")
-        right_place = where != "evaluation" or self.in_evaluation
-        return self.life >= self.since and right_place
+    def odd(self, name, usual=None):
+        is_now = self.life >= self.about.get("since", 50) and self.about.get("when", bool)(self)
+        return self.about.get(name, usual) if is_now else usual
 
     def observe(self):
-        space = self.observation_space
-        values = self.np_random.normal(0, 1, space.shape) * self.odd.get("scale", 1.0)
-        values = values + self.odd.get("offset", 0.0)
-        if space.dtype.kind in "iub":
-            values = np.abs(values * 20)
-        if "constant" in self.odd:
-            values.flat[0] = self.odd["constant"]
-        if "obs" in self.odd and self.is_odd():
-            values.flat[-1] = self.odd["obs"]
-        if "reuses" in self.odd:
-            self.array[:] = values
-            return self.array
-        return values.astype(space.dtype)
+        if "observes" in self.about:
+            self.observation_space.seed(int(self.np_random.integers(99)))
+            return self.observation_space.sample()
+        draw = np.random if "seeds" in self.about else self.np_random
+        self.array[:] = draw.normal(size=3)
+        self.array[2] = self.odd("obs", self.array[2])
+        return self.array if "reuses" in self.about else self.array.copy()
 
     def step(self, action):
         assert self.action_space.contains(action), action
-        self.t, self.life = self.t + 1, self.life + 1
-        reward = self.odd["reward"] if "reward" in self.odd and self.is_odd() else 1.0
-        return self.observe(), reward, self.t >= self.length, False, {}
-
-
-gym.register("Hostile-v0", Hostile, disable_env_checker=True)
+        self.action, self.t, self.life = action, self.t + 1, self.life + 1
+        info, done = self.about.get("info", dict)(), self.t >= 7 and "endless" not in self.about
+        return self.observe(), self.odd("reward", 1.0), done, False, info
 
 
 @pytest.fixture
-def hostile(small, monkeypatch):
-    """Return a function that runs a script in a hostile environment: (result, Args)."""
+def play(small):
+    """Return a function that trains in a room about which something is odd: (result, Args)."""
 
-    def run(module, about, **options):
-        monkeypatch.setattr(gym, "make", lambda name: Hostile(**about))
-        args = small(module, **{"env": "Hostile-v0", "total_steps": 260} | options)
+    def train(script, about, **options):
+        ROOMS.clear()
+        gym.registry.pop("Room-v0", None)
+        gym.register("Room-v0", lambda **more: Room(**about | more), disable_env_checker=True)
+        module = importlib.import_module(script)
+        args = small(module, **{"env": "Room-v0", "total_steps": 160} | options)
         return module.train(args), args
 
-    return run
+    return train
 
 
-def numbers(state):
-    """Yield all numbers in a nested state."""
-    if torch.is_tensor(state):
-        yield from state.double().flatten().tolist()
-    elif isinstance(state, dict):
-        for value in state.values():
-            yield from numbers(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from numbers(value)
-    elif isinstance(state, float):
-        yield state
-
-
-def assert_nothing_is_nan(run_dir):
-    """Whatever the run wrote, infinite running variances of huge observations aside."""
-    assert not np.isnan(list(numbers(checkpoint(run_dir)))).any()
-    for tag, points in all_scalars(run_dir).items():
-        assert not np.isnan([value for _, value in points]).any(), tag
-    with np.load(f"{run_dir}/obs_stats.npz") as stats:
-        assert np.isfinite(stats["mean"]).all() and np.isfinite(stats["std"]).all()
+def ragged():
+    """Return an info of all that an environment may have to say."""
+    path = np.zeros(np.random.default_rng().integers(1, 5))
+    return {"path": path, "none": None, "text": "x", "more": {"deep": [path]}, "episode": {"r": 1}}
 
 
 GOES_ON = {
-    "float64": {},
-    "float16": {"observation_space": BOX(-9, 9, (3,), np.float16)},
-    "int64": {"observation_space": BOX(-1000, 1000, (3,), np.int64)},
-    "bytes": {"observation_space": BOX(0, 255, (3,), np.uint8)},
-    "bits": {"observation_space": BOX(0, 1, (3,), bool)},
-    "one feature": {"observation_space": BOX(-9, 9, (1,), np.float32)},
-    "constant features": {"constant": 0.1},
-    "large constant": {"constant": 1e6, "offset": 1e6},
-    "episodes of one step": {"length": 1},
-    "small bounds": {"action_space": BOX(np.float32([-0.1, 0.3]), np.float32([0.03, 0.7]))},
-    "float64 bounds": {"action_space": BOX(np.array([-0.1, 3]), np.array([1e3, 3.3]), dtype=float)},
+    "any info": {"info": ragged},
+    "a dictionary": {"observes": spaces.Dict(place=BOX, goal=spaces.Discrete(3))},
+    "a tuple": {"observes": spaces.Tuple([BOX, spaces.MultiBinary(2)])},
+    "a number": {"observes": spaces.Discrete(5, start=2)},
+    "a matrix of float64": {"observes": spaces.Box(-9, 9, (2, 3), np.float64)},
+    "a matrix acts": {"acts": spaces.Box(-3, 1, (2, 3), np.float32)},
+    "float64 acts": {"acts": spaces.Box(np.array([-0.1, 3.0]), np.array([9, 3.3]), dtype=float)},
 }
 
 
-@pytest.mark.parametrize("norm", ["batchnorm", "zfilter"])
-@pytest.mark.parametrize("about", GOES_ON.values(), ids=GOES_ON)
+@pytest.mark.parametrize("about", GOES_ON)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_what_is_odd_but_usable_goes_on(script, about, norm, hostile):
-    module = importlib.import_module(script)
-    result, args = hostile(module, about, norm=norm)
-    assert not result["diverged"] and np.isfinite(result["eval"]).all() and result["updates"] > 0
-    assert_nothing_is_nan(args.run_dir)
+def test_what_is_odd_but_usable_trains(script, about, play):
+    result, args = play(script, GOES_ON[about], norm=("batchnorm", "zfilter"))
+    assert not result["diverged"] and result["eval"] == [(result["steps"], 7.0, 0.0)]
+    policy = importlib.import_module(script).load_policy(args.run_dir)
+    room = gym.make("Room-v0")
+    assert room.action_space.contains(policy(room.reset(seed=0)[0]))
 
 
-def test_an_environment_may_write_into_the_array_it_gave_before(script, hostile):
-    about = {"reuses": True, "observation_space": BOX(-9, 9, (3,), np.float32)}
-    _, args = hostile(script, about)
-    obs, _, _, next_obs, _ = checkpoint(args.run_dir)["buffer"]["data"]
-    assert (obs != next_obs).any(1).all()
+def test_an_environment_may_write_into_the_array_it_gave_before(script, play):
+    _, args = play(script.__name__, {"reuses": True})
+    obs, _, _, next_obs, terminated = checkpoint(args.run_dir)["agent"]["buffer"]["data"]
+    assert (obs != next_obs).any(1).all() and torch.equal(next_obs[:6], obs[1:7])
+    assert terminated[:14].tolist() == [0, 0, 0, 0, 0, 0, 1] * 2
 
 
-@pytest.mark.parametrize("norm", ["batchnorm", "batchrenorm", "layernorm", "zfilter"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_huge_observations_go_on_or_diverge(script, norm, hostile):
-    module = importlib.import_module(script)
-    options = {"norm_position": ("input",)} if "norm" in norm else {}
-    result, args = hostile(module, {"scale": 1e15}, norm=norm, **options)
-    kept = json.loads(Path(args.run_dir, "result.json").read_text())
-    assert kept["diverged"] == result["diverged"]
-    if not result["diverged"]:
-        assert_nothing_is_nan(args.run_dir)
+def test_what_never_ends_is_cut(script, play, capsys):
+    """After --max-episode-steps, or 10000 steps where the environment sets no limit."""
+    assert play(script, {"endless": True}, max_episode_steps=20)[0]["eval"][-1][1] == 20
+    assert "time limit" not in capsys.readouterr().out
+    play(script, {}, norm="batchnorm", total_steps=1)
+    assert ROOMS and all(room.closed for room in ROOMS)
+    said = "Room-v0 sets no time limit: episodes end after 10000 steps"
+    assert capsys.readouterr().out.count(said) == 1
 
 
-def test_reinforce_learns_from_a_single_sample(hostile):
-    module = importlib.import_module("reinforce_bn")
-    result, args = hostile(module, {"length": 1}, num_envs=1, total_steps=20)
-    assert result["updates"] == 20 * 21 and not result["diverged"]
-    assert_nothing_is_nan(args.run_dir)
+GENERATORS = {
+    "MT19937": lambda seed: np.random.Generator(np.random.MT19937(seed)),
+    "Philox": lambda seed: np.random.Generator(np.random.Philox(seed)),
+    "RandomState": np.random.RandomState,  # numpy's old one, whose state cannot be saved alike
+}
 
 
-@pytest.mark.parametrize("script", ["reinforce_bn", "ppo_bn"])
-def test_rewards_of_any_size_can_be_scaled(script, hostile):
-    module = importlib.import_module(script)
-    result, args = hostile(module, {"reward": 1e30, "since": 0}, reward_norm=True)
-    assert not result["diverged"] and result["eval"][-1][1] == pytest.approx(7e30)
-    assert_nothing_is_nan(args.run_dir)
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_any_generator_trains_and_resumes(script, generator, play, capsys, monkeypatch):
+    """To the bit if its state can be saved, else the run says so, once."""
+    module, about = importlib.import_module(script), {"generator": GENERATORS[generator]}
+    whole = play(script, about, save_every=50)[1].run_dir
+    said, save = capsys.readouterr().out.count("cannot be saved"), module.Run.save
+
+    def save_and_stop(self):
+        save(self)
+        if self.step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.Run, "save", save_and_stop)
+    stopped = f"{whole}-stopped"
+    with pytest.raises(KeyboardInterrupt):
+        module.train(replace(module.saved_args(whole, "cpu"), resume="", run_dir=stopped))
+    assert all(room.closed for room in ROOMS)
+    monkeypatch.setattr(module.Run, "save", save)
+    module.train(module.saved_args(stopped, "cpu"))
+    is_same = same(*(checkpoint(run_dir)["agent"] for run_dir in (whole, stopped)))
+    assert (said, is_same) == ((1, False) if generator == "RandomState" else (0, True))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_evaluation_leaves_global_generators_alone(script, play):
+    """Even where the environment seeds them."""
+    runs = [play(script, {"seeds": True}, eval_every=every)[1].run_dir for every in (0, 60)]
+    ends = [[checkpoint(run_dir)[k] for k in ("agent", "random", "torch")] for run_dir in runs]
+    assert same(*ends)
 
 
 DIVERGES = {
-    "NaN": {"obs": NAN},
-    "infinity": {"obs": INF},
-    "minus infinity": {"obs": -INF},
-    "beyond float32": {"obs": 1e300},
-    "beyond its square": {"obs": -1e18},
+    "NaN observed": {"obs": NAN},
+    "infinity observed": {"obs": -np.inf},
     "NaN at the first reset": {"obs": NAN, "since": 0},
+    "NaN at a reset": {"obs": NAN, "when": lambda room: room.t == 0},
+    "NaN in evaluation": {"obs": NAN, "since": 0, "when": lambda room: room.in_evaluation},
     "reward NaN": {"reward": NAN},
-    "reward infinite": {"reward": -INF},
+    "reward infinite": {"reward": np.inf},
     "reward beyond float32": {"reward": 1e39},
-    "reward 1e30": {"reward": 1e30},
-    "NaN where no update is yet": {"obs": NAN, "since": 5},
-    "reward NaN where no update is yet": {"reward": NAN, "since": 5},
 }
 
 
-@pytest.mark.parametrize("about", DIVERGES.values(), ids=DIVERGES)
+@pytest.mark.parametrize("about", DIVERGES)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_what_cannot_be_computed_with_ends_the_run(script, about, hostile, capsys):
-    module = importlib.import_module(script)
-    norm, off_policy = "zfilter" if "obs" in about else "none", script in ("ddpg_bn", "sac_bn")
-    since = about.get("since", 150 if off_policy else 40)  # of each of four environments
-    result, args = hostile(module, about | {"since": since}, norm=norm, save_every=20)
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if "diverged" in x]
-    assert line.startswith(f"diverged at step {result['steps']}: ")
-    assert result["diverged"] and result["steps"] < 260 + 128 and result["eval"] == []
+def test_what_cannot_be_computed_with_ends_the_run_as_diverged(script, about, play, capsys):
+    options = {"norm": "zfilter", "save_every": 20, "eval_every": 300, "total_steps": 900}
+    result, args = play(script, DIVERGES[about], **options)
+    assert result["diverged"] and result["steps"] < 500 and result["eval"] == []
+    assert f"diverged at step {result['steps']}: " in capsys.readouterr().out
     assert json.loads(Path(args.run_dir, "result.json").read_text())["diverged"]
-    if off_policy and about.get("reward") != 1e30:
-        assert result["steps"] == max(since, 1)
-    assert_nothing_is_nan(args.run_dir)  # what was saved before is sound
-
-
-@pytest.mark.parametrize("about", [{"obs": NAN}, {"obs": INF}, {"reward": NAN}], ids=str)
-@pytest.mark.parametrize("eval_every", [0, 130])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_an_evaluation_does_not_pass_over_nan(script, eval_every, about, hostile, capsys):
-    module = importlib.import_module(script)
-    about = about | {"since": 2, "where": "evaluation"}
-    result, args = hostile(module, about, eval_every=eval_every, save_every=20)
-    assert result["diverged"] and "diverged" in capsys.readouterr().err
-    assert json.loads(Path(args.run_dir, "result.json").read_text())["diverged"]
-    assert (result["steps"] >= 260) == (not eval_every)
-    assert not np.isnan(list(numbers(checkpoint(args.run_dir)))).any()
-
-
-@pytest.mark.parametrize("net", ["actor", "critic"])
-@pytest.mark.parametrize("script", ["ddpg_bn", "sac_bn"])
-def test_weights_that_become_nan_in_the_last_step_do_not_pass(script, net, hostile, monkeypatch):
-    module = importlib.import_module(script)
-    update, count = module.update, [0]
-
-    def broken(agent, *rest):
-        losses = update(agent, *rest)
-        count[0] += 1
-        if count[0] == 160:
-            with torch.no_grad():
-                next(getattr(agent, net).parameters()).fill_(NAN)
-        return losses
-
-    monkeypatch.setattr(module, "update", broken)
-    for steps in (260, 300):  # the last step, or one before the last
-        count[0] = 0
-        result, _ = hostile(module, {}, total_steps=steps)
-        assert result["diverged"] and 260 <= result["steps"] <= 261
-
-
-def test_the_exit_code_of_a_diverged_run_is_3(tmp_path, monkeypatch):
-    from test_mistakes import play
-
-    monkeypatch.chdir(tmp_path)
-    for script in SCRIPTS:
-        words = ["--env", "conftest:HugeReward-v0", "--total-steps", "300", "--eval-episodes", "1"]
-        words += ["--learning-starts", "50"] if script in ("ddpg_bn", "sac_bn") else []
-        code, _, err = play(script, words)
-        assert code == 3 and "diverged at step" in err.strip().splitlines()[-1]
-
-
-BAD_ACTIONS = {
-    "unbounded": BOX(-np.inf, np.inf, (2,)),
-    "bounded below": BOX(np.float32([0]), np.float32([np.inf])),
-    "without width": BOX(np.float32([1, 0]), np.float32([1, 2])),
-    "too wide": BOX(np.float32([-3e38]), np.float32([3e38])),
-    "integers": BOX(0, 5, (2,), np.int64),
-    "a matrix": BOX(-1, 1, (2, 2)),
-    "a number": BOX(-1, 1, ()),
-    "several": gym.spaces.MultiDiscrete([2, 3]),
-    "bits": gym.spaces.MultiBinary(3),
-    "from 1": gym.spaces.Discrete(3, start=1),
-    "named": gym.spaces.Dict({"a": BOX(-1, 1, (2,))}),
-}
-BAD_OBSERVATIONS = {
-    "a number of things": gym.spaces.Discrete(5),
-    "named": gym.spaces.Dict({"a": BOX(-1, 1, (2,))}),
-    "a pair": gym.spaces.Tuple([BOX(-1, 1, (2,)), BOX(-1, 1, (2,))]),
-    "text": gym.spaces.Text(5),
-    "a sequence": gym.spaces.Sequence(BOX(-1, 1, (2,))),
-}
-
-
-def refused(module, about, capsys, small, **options):
-    args = small(module, env="Hostile-v0", **options)
-    with contextlib.suppress(AttributeError), pytest.raises(SystemExit) as end:
-        module.train(args)
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2 and "--env Hostile-v0" in line and not Path(args.run_dir).exists()
+    assert all(room.closed for room in ROOMS)
+    statistics = checkpoint(args.run_dir)["agent"]["obs_stat"]  # what was saved is sound
+    assert np.isfinite([*statistics["mean"], *statistics["m2"]]).all()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_actions_and_observations_of_no_use_are_refused(script, small, capsys, monkeypatch):
-    module = importlib.import_module(script)
-    abouts = [{"action_space": space} for space in BAD_ACTIONS.values()]
-    abouts += [{"observation_space": space} for space in BAD_OBSERVATIONS.values()]
-    if script in ("ddpg_bn", "sac_bn"):
-        abouts += [{"action_space": gym.spaces.Discrete(3)}]
-        abouts += [{"observation_space": BOX(-1, 1, shape)} for shape in ((), (2, 3), (5, 5, 1))]
-    for about in abouts:
-        monkeypatch.setattr(gym, "make", lambda name, about=about: Hostile(**about))
-        refused(module, about, capsys, small)
-    if script in ("reinforce_bn", "ppo_bn"):
-        for shape in ((3,), (5, 5), (2, 5, 1), (5, 2, 1), (5, 5, 1, 1)):
-            about = {"observation_space": BOX(-1, 1, shape)}
-            monkeypatch.setattr(gym, "make", lambda name, about=about: Hostile(**about))
-            refused(module, about, capsys, small, network="cnn")
-
-    def breaks(name):
-        raise TypeError("needs\nwheels")
-
-    monkeypatch.setattr(gym, "make", breaks)
-    refused(module, {}, capsys, small)
+def test_actions_reach_their_bounds_and_never_leave_them(script, play):
+    rng, dim, module = np.random.default_rng(0), 2000, importlib.import_module(script)
+    low = np.float32(rng.normal(size=dim) * 10.0 ** rng.integers(-9, 30, dim))
+    high = low + np.float32(np.abs(low) * rng.exponential(size=dim) + 1e-20)
+    play(script, {"acts": spaces.Box(low, high)}, total_steps=1)
+    env = module.make_env(module.Args("Room-v0"))
+    env.reset()
+    for action in (rng.uniform(-1, 1, dim), np.ones(dim), -np.ones(dim), np.full(dim, -7.0)):
+        env.step(np.float32(action))  # the room asserts that they are within, to the last bit
+        middle, half = (np.float64(low) + high) / 2, (np.float64(high) - low) / 2
+        expected = middle + action.clip(-1, 1) * half
+        np.testing.assert_allclose(env.unwrapped.action, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("script", ["reinforce_bn", "ppo_bn"])
-@pytest.mark.parametrize("shape", [(), (2, 3), (3, 3, 1), (2, 2, 2, 2)])
-def test_shapes_that_are_flattened(script, shape, hostile):
-    module = importlib.import_module(script)
-    result, args = hostile(module, {"observation_space": BOX(-9, 9, shape)})
-    assert not result["diverged"]
-    weight = checkpoint(args.run_dir)["actor"]["net.0.weight"]
-    assert weight.shape[1] == int(np.prod(shape))
+class Units(PendulumEnv):
+    """Pendulum with its torque in other units."""
+
+    def __init__(self, low, high):
+        super().__init__()
+        self.low, self.width = low, high - low
+        self.action_space = spaces.Box(low, high, (1,), np.float32)
+
+    def step(self, action):
+        return super().step(4 * (np.float64(action) - self.low) / self.width - 2)
+
+
+UNITS = {"One": (-1, 1), "Small": (-0.1, 0.1), "Large": (-100, 100), "Uneven": (3, 4)}
+for name, (low, high) in UNITS.items():
+    about = {"kwargs": {"low": low, "high": high}, "max_episode_steps": 40}
+    gym.register(f"{name}-v0", Units, **about)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_pendulum_is_learnt_alike_in_any_units(script, small):
+    module, found = importlib.import_module(script), []
+    for name in UNITS:
+        args = small(module, env=f"{name}-v0", total_steps=240)
+        result = module.train(args)
+        found.append((result["eval"][-1][1], checkpoint(args.run_dir)["agent"]["actor"]))
+    for value, weights in found[1:]:
+        assert value == pytest.approx(found[0][0], rel=1e-3)
+        torch.testing.assert_close(dict(weights), dict(found[0][1]), rtol=1e-2, atol=1e-3)
+
+
+class Half(Picture):
+    """Action 5 names the upper half as lit, 6 the lower; bits, or bytes with channels first."""
+
+    def __init__(self, first):
+        self.first, self.action_space = first, spaces.Discrete(2, start=5)
+        if first:
+            self.observation_space = spaces.Box(0, 255, (2, 10, 10), np.uint8)
+
+    def observe(self):
+        image = super().observe()
+        return np.moveaxis(255 * np.uint8(image), 2, 0) if self.first else image
+
+    def step(self, action):
+        return super().step(self.row if (action == 5) == (self.row < 5) else -1)
+
+
+for first in (False, True):
+    gym.register(f"Half{first}-v0", Half, max_episode_steps=10, kwargs={"first": first})
+
+
+def test_images_of_either_layout_are_learnt_alike(small):
+    """Chance gets 5 of 10."""
+    found, options = [], {"network": "cnn", "hidden_sizes": (32,), "actor_lr": 3e-3}
+    options |= {"total_steps": 1600, "critic_steps": 2, "num_envs": 16, "eval_episodes": 8}
+    for first in (False, True):
+        args = small(reinforce_bn, env=f"Half{first}-v0", **options)
+        result = reinforce_bn.train(args)
+        found.append((result["eval"], checkpoint(args.run_dir)["agent"]))
+    assert same(*found) and found[0][0][-1][1] > 8
