@@ -115,7 +115,7 @@ class Args:
 
 
 class BatchRenorm(nn.BatchNorm1d):
-    """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with the constants of CrossQ.
+    """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with CrossQ's bounds and epsilon.
 
     y = gamma (x_hat r + d) + beta, where x_hat is batch norm's, and the constants r = std_B / std
     and d = (mean_B - mean) / std, if not clipped, make the output that of eval mode.
@@ -427,7 +427,7 @@ def train(args):
         run.save()
     except FloatingPointError as error:
         return run.finish(f"diverged at step {run.step}: {error}")
-    except (OSError, ValueError) as error:  # no typing error any more: show where
+    except (OSError, ValueError) as error:  # not a mistyped option: show where
         raise RuntimeError(f"stopped at step {run.step}") from error
     finally:
         for env in envs + eval_envs:
@@ -597,8 +597,9 @@ def check_options(args):
     inputs = args.network != "linear" or args.norm_position == ("input",)
     modes = args.bn_rollout, args.bn_update
     # NORM end
-    needs = [  # options that are not at their default, what they need, whether it is there
-        ("eval_episodes save_every", "1 or more", min(args.eval_episodes, args.save_every) > 0),
+    needs = [  # (options, requirement, whether it is met), asked of options that were changed
+        ("eval_episodes", "1 or more", args.eval_episodes > 0),
+        ("save_every", "1 or more", args.save_every > 0),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
         ("hidden_sizes", "hidden layers", args.network != "linear"),
         # NORM begin: flag: an option that would change nothing is a mistake
@@ -669,12 +670,14 @@ class Run:
         self.save()  # from now on --resume can go on from the last checkpoint
 
     def log(self, scalars):
-        """Write {name: value} to the events; raise FloatingPointError if one is not finite."""
+        """Write {name: value} to the events; raise FloatingPointError if a loss is not finite."""
         self.bar.update(self.step - self.bar.n)
         for name, value in scalars.items():
             value = torch.as_tensor(value).item()
             self.writer.add_scalar(name, value, self.step)
-            if not math.isfinite(value):
+            if not math.isfinite(value) and not name.startswith(
+                "norm/"
+            ):  # diagnostics may overflow
                 raise FloatingPointError(f"{name} is {value}")
 
     def evaluate(self, returns, scalars):
@@ -711,7 +714,7 @@ class Run:
         free += "save_every", "resume", "capture_video"
         for name, value in vars(self.args).items():
             if name not in free and state["args"].get(name) != value:
-                raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
+                raise ValueError(f"--resume {self.dir} is of a run with another {name}")
         for name, part in state["agent"].items():
             getattr(self.agent, name).load_state_dict(part)
         self.step, self.updates, self.evals = state["progress"]

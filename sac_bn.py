@@ -127,7 +127,7 @@ class Args:
 
 
 class BatchRenorm(nn.BatchNorm1d):
-    """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with the constants of CrossQ.
+    """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with CrossQ's bounds and epsilon.
 
     y = gamma (x_hat r + d) + beta, where x_hat is batch norm's, and the constants r = std_B / std
     and d = (mean_B - mean) / std, if not clipped, make the output that of eval mode.
@@ -191,7 +191,7 @@ def project_weights(net, name, args):
     for layers in net.modules():
         if not isinstance(layers, nn.Sequential):
             continue
-        for layer in layers[:-1]:  # the last one may be the output
+        for layer in layers[:-1]:  # all but the output layer
             if isinstance(layer, nn.Linear):
                 length = torch.cat([layer.weight, layer.bias.unsqueeze(1)], dim=1).norm(dim=1)
                 layer.weight /= length.unsqueeze(1)
@@ -266,7 +266,7 @@ def q_values(agent, batch, next_action, args):
     if args.bn_joint:
         both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
         q, own_q_next = agent.critic.train()(*both).chunk(2)
-        if not args.target_network:
+        if not args.target_network:  # else own_q_next has served the statistics only
             return q, own_q_next.detach()
         agent.critic_target.train(args.bn_target == "train")
         with torch.no_grad():
@@ -447,10 +447,9 @@ def train(args):
     """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     cpu = torch.cpu.get_capabilities()
-    if cpu.get("avx512_f") and not cpu.get(
-        "amx_tile"
-    ):  # take oneDNN, faster than MKL on AMD, which
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # without AMX still means float32
+    if cpu.get("avx512_f") and not cpu.get("amx_tile"):
+        # for speed only: takes oneDNN, which computes in float32 unless the processor has AMX
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     seeds = [int(x) for x in np.random.SeedSequence(args.seed).generate_state(4)]
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
@@ -503,7 +502,7 @@ def train(args):
         run.save()
     except FloatingPointError as error:
         return run.finish(f"diverged at step {run.step}: {error}")
-    except (OSError, ValueError) as error:  # no typing error any more: show where
+    except (OSError, ValueError) as error:  # not a mistyped option: show where
         raise RuntimeError(f"stopped at step {run.step}") from error
     finally:
         env.close()
@@ -656,8 +655,9 @@ def check_options(args):
     one_each = max(len(layers), len(filters)) <= 1 and len(layers + filters) == len(args.norm)
     is_batch = layers not in ([], ["layernorm"])
     # NORM end
-    needs = [  # options that are not at their default, what they need, whether it is there
-        ("eval_episodes save_every", "1 or more", min(args.eval_episodes, args.save_every) > 0),
+    needs = [  # (options, requirement, whether it is met), asked of options that were changed
+        ("eval_episodes", "1 or more", args.eval_episodes > 0),
+        ("save_every", "1 or more", args.save_every > 0),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
         ("tau", "target networks", args.target_network),
         # NORM begin: flag: an option that would change nothing is a mistake
@@ -723,12 +723,14 @@ class Run:
         self.save()  # from now on --resume can go on from the last checkpoint
 
     def log(self, scalars):
-        """Write {name: value} to the events; raise FloatingPointError if one is not finite."""
+        """Write {name: value} to the events; raise FloatingPointError if a loss is not finite."""
         self.bar.update(self.step - self.bar.n)
         for name, value in scalars.items():
             value = torch.as_tensor(value).item()
             self.writer.add_scalar(name, value, self.step)
-            if not math.isfinite(value):
+            if not math.isfinite(value) and not name.startswith(
+                "norm/"
+            ):  # diagnostics may overflow
                 raise FloatingPointError(f"{name} is {value}")
 
     def evaluate(self, returns, scalars):
@@ -765,7 +767,7 @@ class Run:
         free += "save_every", "resume", "capture_video"
         for name, value in vars(self.args).items():
             if name not in free and state["args"].get(name) != value:
-                raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
+                raise ValueError(f"--resume {self.dir} is of a run with another {name}")
         for name, part in state["agent"].items():
             getattr(self.agent, name).load_state_dict(part)
         self.step, self.updates, self.evals = state["progress"]

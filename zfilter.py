@@ -117,7 +117,7 @@ class RewardScale(RunningStat):
         self.sums = np.zeros(n)  # of each environment, since its episode began
 
     def learn(self, reward, done):
-        """Learn from the rewards of one step, (n,); done, (n,), says whose episode ends."""
+        """Learn from the rewards of one step, (n,) or a number; done, alike, says what ends."""
         self.sums = self.gamma * self.sums + reward
         self.push(self.sums)
         self.sums[done] = 0

@@ -1,0 +1,52 @@
+"""A policy outside its run: in another program, and as a video."""
+
+import importlib
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import checkpoint
+from moviepy import VideoFileClip
+
+import ppo_bn
+
+
+@pytest.mark.parametrize("name", ["reinforce_bn", "ppo_bn", "ddpg_bn", "sac_bn"])
+def test_a_policy_acts_elsewhere_by_the_statistics_of_its_run(name, small):
+    """On an observation of the plain environment, in its units: Countdown's bounds are -1 and 3."""
+    script = importlib.import_module(name)
+    args = small(script, env="Countdown-v0", norm="zfilter", total_steps=200)
+    script.train(args)
+    obs, _ = gym.make("Countdown-v0").reset()
+    with np.load(f"{args.run_dir}/obs_stats.npz") as stats:
+        z = np.clip((np.float32(obs) - stats["mean"]) / (stats["std"] + 1e-8), -10, 10)
+    actor = script.make_agent(script.make_env(args), args, "cpu").actor.eval()
+    actor.load_state_dict(checkpoint(args.run_dir)["agent"]["actor"])
+    action = actor(torch.tensor(z, dtype=torch.float32).unsqueeze(0))
+    action = (action if torch.is_tensor(action) else action.mode).detach().numpy()[0]
+    expected = np.clip(1 + 2 * action, -1, 3)
+    np.testing.assert_allclose(script.load_policy(args.run_dir)(obs), expected, rtol=1e-5)
+
+
+def test_a_finished_run_shows_its_policy(small):
+    args = small(ppo_bn, total_steps=128)
+    ppo_bn.train(args)
+    ppo_bn.train(ppo_bn.Args(**vars(args) | {"resume": args.run_dir, "capture_video": True}))
+    (video, *_) = sorted(Path(args.run_dir, "videos").glob("*.mp4"))
+    with VideoFileClip(str(video)) as clip:
+        frame = clip.get_frame(0)
+        assert clip.duration > 0.1 and frame.shape == (400, 600, 3) and frame.std() > 1
+
+
+def test_the_faster_products_are_those_of_float32():
+    cpu = torch.cpu.get_capabilities()
+    if not cpu.get("avx512_f") or cpu.get("amx_tile"):
+        pytest.skip("this processor does not take them")
+    a, b = torch.randn(2, 256, 256)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    product = a @ b
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    exact = a.double() @ b.double()
+    assert (product - exact).norm() / exact.norm() < 1e-6
