@@ -126,15 +126,6 @@ def time_outs_are_deaths(script, folder):
     return bool((terminated[obs[:, 0] == 7] == 1).any())  # the step that the limit cuts
 
 
-def diverges_at_once(script, folder):
-    options = {"env": "Pendulum-v1", "num_envs": 2, "num_steps": 8, "minibatches": 16}
-    try:
-        result, _ = run(script, folder, **options, total_steps=64)
-    except ValueError:
-        return False  # as it should: it says that a minibatch needs two samples
-    return result["diverged"]
-
-
 def ratio_is_not_one(script, folder):
     options = {"env": "Countdown-v0", "norm": "zfilter", "num_envs": 4, "num_steps": 16}
     seen, log = [], script.Run.log
@@ -243,15 +234,6 @@ FAILURES = [
         "A time-out is taken for a death, so that the target is the last reward alone.",
         "https://github.com/openai/baselines/issues/436",
         time_outs_are_deaths,
-    ),
-    Failure(
-        "With some --num-envs, --num-steps and --minibatches the very first loss is NaN.",
-        "ppo_bn",
-        "steps >= 2 * args.minibatches",
-        "steps >= args.minibatches",
-        "A minibatch of one: the deviation of a single advantage is 0 / 0.",
-        f"{SB3}/issues/325",
-        diverges_at_once,
     ),
     Failure(
         "With --norm zfilter `norm/first_ratio` is not 0, although the network has no batch norm.",

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import io
-import itertools
 import json
 import os
 import re
@@ -14,7 +13,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import checkpoint, same
@@ -61,17 +59,11 @@ BN = {"norm": "batchnorm"}
 REFUSED = [
     (SCRIPTS, {"norm": "batch_norm"}, "--norm"),
     (SCRIPTS, {"norm": ("batchnorm", "layernorm")}, "--norm needs"),
-    (SCRIPTS, {"norm": ("none", "zfilter")}, "--norm needs"),
     (SCRIPTS, {"norm": "zfilter", "norm_position": ("pre",)}, "--norm-position needs"),
-    (SCRIPTS, {"norm": "zfilter", "norm_net": "actor"}, "--norm-net needs"),
-    (SCRIPTS, BN | {"norm_position": ()}, "--norm-position needs"),
     (SCRIPTS, {"norm": "fixed"}, "--norm needs"),
-    (SCRIPTS, {"norm_stats": "x.npz"}, "--norm-stats needs"),
     (SCRIPTS, {"norm": "layernorm", "bn_momentum": 0.01}, "--bn-momentum needs"),
-    (SCRIPTS, BN | {"bn_warmup": 5}, "--bn-warmup needs"),
     (OFF_POLICY, {"bn_joint": True}, "--bn-joint needs"),
     (OFF_POLICY, {"norm": "layernorm", "bn_policy_critic": "eval"}, "--bn-policy-critic needs"),
-    (OFF_POLICY, BN | {"norm_net": "actor", "bn_joint": True}, "--bn-joint needs"),
     (OFF_POLICY, BN | {"bn_target": "train", "target_network": False}, "--bn-target needs"),
     (OFF_POLICY, {"tau": 0.5, "target_network": False}, "--tau needs"),
     (OFF_POLICY, BN | {"batch_size": 1}, "--batch-size needs"),
@@ -79,12 +71,9 @@ REFUSED = [
     (["ddpg_bn"], {"hidden_sizes": (9,), "action_layer": 1}, "--action-layer needs"),
     (ON_POLICY, {"norm": "layernorm", "bn_rollout": "train"}, "--bn-rollout needs"),
     (ON_POLICY, BN | {"num_envs": 1, "bn_rollout": "train"}, "--num-envs needs"),
-    (ON_POLICY, BN | {"bn_update": "eval", "bn_momentum": 0.5}, "--bn-momentum needs"),
-    (["ppo_bn"], {"minibatches": 7}, "--minibatches needs"),
     (["ppo_bn"], {"minibatches": 2048}, "--minibatches needs"),
     (["reinforce_bn"], BN | {"network": "linear"}, "--norm needs"),
     (["reinforce_bn"], {"norm": "batchrenorm", "network": "cnn"}, "--network needs"),
-    (["reinforce_bn"], {"network": "linear", "hidden_sizes": (5,)}, "--hidden-sizes needs"),
     (["reinforce_bn"], BN | {"norm_net": "critic", "bn_recalibrate": 9}, "--bn-recalibrate needs"),
 ]
 
@@ -139,8 +128,6 @@ def test_the_main_job_reaches_updates(script, tmp_path, monkeypatch):
     run_dir = out.splitlines()[0].removeprefix("run: ")
     assert re.fullmatch(rf"runs/Ant-v4/{script}/norm-batchnorm-seed1-[\d-]+", run_dir)
     assert out.endswith(f"files: {run_dir}\nlook:  tensorboard --logdir {run_dir}\n")
-    files = {path.name.split(".")[0] for path in Path(run_dir).iterdir()}
-    assert files == {"args", "checkpoint", "events", "obs_stats", "result"}
     result = json.loads(Path(run_dir, "result.json").read_text())
     assert result["updates"] >= 21 and result["steps"] >= 600
 
@@ -200,22 +187,6 @@ def test_checkpoints_that_are_damaged_foreign_or_code_are_refused(script, small,
     assert not (tmp_path / "proof").exists()
 
 
-def test_statistics_that_are_damaged_foreign_or_code_are_refused(small, tmp_path):
-    file, good = tmp_path / "stats.npz", {"count": 9, "mean": np.zeros(3), "m2": np.ones(3)}
-    code, good["env"] = np.array([Code(tmp_path / "proof")], object), "ShortPendulum-v0"
-    for bad in ({"mean": code}, {"env": code}, {"env": "Countdown-v0"}, {"mean": np.zeros(4)}, {}):
-        np.savez(file, **good | bad)
-        file.write_bytes(file.read_bytes() if bad else b"mean")
-        args = small(ddpg_bn, env="ShortPendulum-v0", norm="fixed", norm_stats=str(file))
-        with pytest.raises((ValueError, OSError)):
-            ddpg_bn.train(args)
-        assert not Path(args.run_dir).exists() and not (tmp_path / "proof").exists()
-    np.savez(file, **good)
-    ddpg_bn.train(args)
-    kept = checkpoint(args.run_dir)["agent"]["obs_filter"]
-    assert kept["mean"] == [0, 0, 0] and kept["m2"] == [1, 1, 1]
-
-
 # --------------------------------------------------------------------- The strip property
 
 TRACES = r"(?<!\.)\bnorm\b|\bnorm_|[Nn]ormaliz|NORM|BatchNorm|LayerNorm|Renorm|[Zz]-?[Ff]ilter"
@@ -264,19 +235,3 @@ def test_the_readme_explains_each_kind_of_marker_and_shows_a_function_as_it_is()
     assert re.findall(r"^\| `(\w+)` \| [^|]+ \|$", readme, re.MULTILINE) == list(KINDS)
     shown, *_ = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert shown.startswith("def actor_loss") and shown in (ROOT / "ddpg_bn.py").read_text()
-
-
-@pytest.mark.parametrize("name", ["README.md", "study/FINDINGS.md", "study/CLAIMS.md"])
-def test_links_lead_somewhere(name):
-    def anchors(file):  # as GitHub makes them of headings
-        heads = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
-        return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
-
-    text = " ".join((ROOT / name).read_text().split())
-    for link in itertools.filterfalse(
-        re.compile("https://").match, re.findall(r"\]\(([^)]+)\)", text)
-    ):
-        file, _, anchor = link.partition("#")
-        path = (ROOT / name).parent / file if file else ROOT / name
-        assert path.exists(), link
-        assert not anchor or anchor in anchors(path), link

@@ -1,4 +1,4 @@
-"""Kills, signals, a full disk, many runs at once: nothing is lost, and what resumes is the same."""
+"""Kills and signals: nothing is lost, and what resumes is the same."""
 
 import importlib
 import json
@@ -160,12 +160,7 @@ def test_killed_many_times_equals_never_killed(script, tmp_path):
 # --------------------------------------------------------------------------------------- Signals
 
 
-SIGNALS = [
-    ("reinforce_bn", signal.SIGINT, "training"),
-    ("ppo_bn", signal.SIGTERM, "evaluating"),
-    ("ddpg_bn", signal.SIGTERM, "training"),
-    ("sac_bn", signal.SIGINT, "evaluating"),
-]
+SIGNALS = [("ppo_bn", signal.SIGTERM, "evaluating"), ("sac_bn", signal.SIGINT, "training")]
 
 
 @pytest.mark.parametrize("script, number, where", SIGNALS)
@@ -198,47 +193,3 @@ def test_a_signal_ends_an_endless_episode_and_the_run_resumes(
     module = importlib.import_module(script)
     result = module.train(replace(module.saved_args("run", "cpu"), total_steps=100))
     assert result["eval"][-1][1] == 7 and 100 <= result["steps"] < 300
-
-
-# ---------------------------------------------------------------------------- A disk that fills up
-
-
-@pytest.mark.parametrize("script", ["ppo_bn"])  # what writes is the same in all four
-def test_a_disk_that_fills_up_leaves_the_checkpoint_before(script, tmp_path):
-    """No file may grow beyond 8 kB, which a checkpoint does: its write ends in the middle."""
-    module, run_dir = importlib.import_module(script), tmp_path / "run"
-    module.train(module.Args(**options(script), run_dir=str(run_dir)))
-    before, steps = (run_dir / "checkpoint.pt").read_bytes(), options(script)["total_steps"] + 200
-    command = f"ulimit -f 8; exec {sys.executable} {ROOT}/{script}.py --resume run"
-    command = ["bash", "-c", f"{command} --total-steps {steps}"]
-    env = unmeasured(PYTHONPATH=f"{ROOT}/tests")
-    assert subprocess.run(command, cwd=tmp_path, env=env, capture_output=True).returncode == 1
-    assert (run_dir / "checkpoint.pt").read_bytes() == before
-    args = replace(module.saved_args(run_dir, "cpu"), total_steps=steps)
-    assert module.train(args)["steps"] >= steps  # when there is room again
-
-
-# ------------------------------------------------------------------------------------ Side by side
-
-
-def start(script, options, folder):
-    """In a child: run, with the clock at one second."""
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    time.strftime = lambda form: "20260101-000000"
-    module = importlib.import_module(script)
-    module.train(module.Args(**options))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_fifty_runs_of_one_second_get_fifty_folders(script, tmp_path):
-    inputs = script, options(script, total_steps=200), tmp_path
-    processes = [context.Process(target=start, args=inputs) for _ in range(50)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 50
-    runs = [path.parent for path in (tmp_path / "runs").rglob("result.json")]
-    assert len(runs) == 50 and all(same(learnt(runs[0]), learnt(run_dir)) for run_dir in runs)

@@ -1,7 +1,6 @@
 """Whole runs of the scripts that learn from a replay buffer: what they store, learn and leave."""
 
 import importlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,8 +151,6 @@ def test_every_kind_of_run_learns_something(script, small, options, agents):
     expected |= {"charts/episodic_return", "norm/actor_grad", "norm/saturation"}
     found = tags(args.run_dir)
     assert expected <= found and ("norm/stat_lag" in found) == ("batch" in str(args.norm))
-    saved = (json.loads(Path(args.run_dir, f"{x}.json").read_text()) for x in ("args", "result"))
-    assert next(saved)["args"]["norm"] == list(args.norm) and next(saved)["updates"] == 50
 
 
 def test_pendulum_is_learnt(script, small, monkeypatch):
@@ -192,7 +189,6 @@ def test_a_run_that_diverges_says_so(script, small, capsys):
     result = script.train(args)
     assert result["diverged"] and result["steps"] == 1000 and result["eval"] == []
     assert "diverged at step 1000: losses/critic is inf" in capsys.readouterr().out
-    assert json.loads(Path(args.run_dir, "result.json").read_text())["diverged"]
 
 
 def test_weights_that_are_not_finite_are_noticed_in_the_next_action(script, small, monkeypatch):

@@ -4,13 +4,12 @@ import copy
 import re
 import shlex
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import tyro
-from conftest import same, tags
+from conftest import same
 from test_ddpg import fit_critic, policy_gradient
 from test_ddpg import make_agent as make
 
@@ -63,18 +62,6 @@ def test_log_probability_stays_finite_at_the_bounds_and_log_std_is_bounded():
         assert (action == 1).all()
 
 
-def test_actions_are_scaled_to_the_bounds_as_gymnasium_does(script):
-    env = script.make_env(script.Args(env="Countdown-v0"))  # bounds -1 and 3
-    theirs = gym.wrappers.RescaleAction(gym.make("Countdown-v0"), np.float32(-1), np.float32(1))
-    for x in np.linspace(-1, 1, 41, dtype=np.float32)[:, None]:
-        ours = env.get_wrapper_attr("action")(x)
-        np.testing.assert_allclose(ours, theirs.action(x), atol=1e-6)
-        assert env.unwrapped.action_space.contains(ours) and env.action_space.contains(x)
-    assert env.get_wrapper_attr("action")(np.float32([7.0])) == 3  # and clipped
-    obs, _ = env.reset()
-    assert obs.dtype == np.float32 and obs.tolist() == [0, 1, np.float32(0.7)]
-
-
 def test_losses_by_hand():
     agent, batch, args = make_agent(gamma=0.9, target_entropy=-0.7)
     agent.log_alpha.data.fill_(np.log(0.3))
@@ -93,7 +80,7 @@ def test_losses_by_hand():
     y = batch.reward + 0.9 * torch.where(batch.terminated == 1, torch.zeros(()), q_next)
     expected = sum(((x - y) ** 2).mean() for x in q(agent.critic, batch.obs, batch.action))
     torch.testing.assert_close(loss, expected)
-    assert values.shape == (64, 2)
+    assert values.shape == (64, 2) and not torch.allclose(values[:, 0], values[:, 1])
 
     torch.manual_seed(8)
     loss, log_prob = sac_bn.actor_loss(agent, batch, args)
@@ -112,7 +99,6 @@ def test_losses_by_hand():
 def test_temperature_moves_entropy_to_its_target():
     agent, _, _ = make_agent()
     assert agent.target_entropy == -1.0 and agent.log_alpha.exp().item() == 1.0
-    assert make_agent(target_entropy=-3.5)[0].target_entropy == -3.5
     for log_prob, direction in ((3.0, 1), (-3.0, -1)):  # too little entropy makes it dearer
         before = agent.log_alpha.item()
         loss = sac_bn.alpha_loss(agent, torch.full((8,), log_prob))
@@ -148,22 +134,6 @@ def test_policy_delay_and_beta1():
             is_still = same(*(dict(getattr(x, name).state_dict()) for x in (agent, before)))
             assert is_still == (number % 3 != 0 and name in ("actor", "temperature"))
         assert {f"losses/{x}" in losses for x in ("actor", "alpha", "entropy")} == {number % 3 == 0}
-
-
-def test_losses_of_the_actor_are_reported_whenever_it_was_updated(small):
-    actor = {"losses/actor", "losses/entropy", "losses/alpha"}
-    for starts, delay, expected in ((999, 3, set()), (997, 2, actor)):  # 1 update, 3 updates
-        args = small(sac_bn, total_steps=1000, learning_starts=starts, policy_delay=delay)
-        sac_bn.train(args)
-        assert tags(args.run_dir) & (actor | {"losses/critic"}) == expected | {"losses/critic"}
-
-
-def test_critics_differ_and_can_be_wider():
-    agent, batch, _ = make_agent(critic_hidden_sizes=(24, 8))
-    q = agent.critic(batch.obs, batch.action)
-    assert q.shape == (64, 2) and not torch.allclose(q[:, 0], q[:, 1])
-    for net, expected in ((agent.critic.nets[1], [24, 8, 1]), (agent.actor.net, [16, 16, 2])):
-        assert [m.out_features for m in net if isinstance(m, nn.Linear)] == expected
 
 
 def test_in_train_mode_each_mean_q_is_constant_but_not_the_mean_minimum():

@@ -26,10 +26,10 @@ DIFFER["ddpg_bn", "sac_bn"] = ALGORITHM | {"critic_loss", "actor_loss", "q_error
 # At most so many lines, kilobytes, lines of the stripped script, the line in which train ends, and
 # lines of its longest loop. A limit may fall; it rises only for something a reader would miss.
 LIMITS = {
-    "reinforce_bn": (770, 39, 530, 435, 50),
-    "ppo_bn": (720, 37, 540, 445, 50),
+    "reinforce_bn": (775, 39, 535, 435, 50),
+    "ppo_bn": (725, 37, 545, 445, 50),
     "ddpg_bn": (785, 40, 525, 475, 50),
-    "sac_bn": (825, 43, 555, 515, 50),
+    "sac_bn": (830, 43, 555, 515, 50),
 }
 
 
@@ -67,9 +67,8 @@ def stripped(text):
 @pytest.mark.parametrize("name", NAMES)
 def test_no_script_grows(name):
     (train,) = (x for x in ast.parse(TEXTS[name]).body if getattr(x, "name", "") == "train")
-    loops = [
-        x.end_lineno - x.lineno + 1 for x in ast.walk(train) if isinstance(x, ast.For | ast.While)
-    ]
+    found = [x for x in ast.walk(train) if isinstance(x, ast.For | ast.While)]
+    loops = [loop.end_lineno - loop.lineno + 1 for loop in found]
     sizes = len(TEXTS[name].splitlines()), len(TEXTS[name].encode()) / 1000
     sizes += len(stripped(TEXTS[name])), train.end_lineno, max(loops)
     assert all(x <= limit for x, limit in zip(sizes, LIMITS[name], strict=True)), sizes

@@ -9,7 +9,6 @@ import time
 
 import pytest
 import torch
-import tyro
 from conftest import scalars
 
 import reinforce_bn
@@ -29,7 +28,6 @@ options = "--eval-every 500 --eval-episodes 2 --save-every 250"
 none = ""
 filter = "--norm zfilter"
 fixed = "--norm fixed --norm-stats {filter}"
-fixed-2 = "--norm fixed --norm-stats {fixed}"
 """
 GATE = """
 import os, pathlib, time, gymnasium
@@ -107,55 +105,6 @@ def test_a_run_that_diverged_ends_with_a_row_where_it_stopped(known, tmp_path, m
     assert row["diverged"] == 1 and 0 < row["step"] < 1500 and "eval/return" not in row
 
 
-def test_a_file_of_results_is_whole_or_not_there(tmp_path):
-    collect.write(tmp_path / "cell" / "run.csv", [{"step": 1, "cell": "x"}])
-    with pytest.raises(ValueError, match="fields not in"):
-        collect.write(tmp_path / "cell" / "run.csv", [{"what": 1}])
-    (file,) = (tmp_path / "cell").iterdir()
-    assert len(file.read_text().splitlines()) == 2
-
-
-def test_a_run_by_hand_finds_its_cell(known, tmp_path):
-    source = make(tmp_path / "a", norm="zfilter")
-    once = make(tmp_path / "b", norm="fixed", norm_stats=str(source / "obs_stats.npz"))
-    twice = make(tmp_path / "c", norm="fixed", norm_stats=str(once / "obs_stats.npz"))
-    found = [collect.find(folder, known).cell.name for folder in (source, once, twice)]
-    assert found == ["tiny-filter", "tiny-fixed", "tiny-fixed-2"]
-    with pytest.raises(ValueError, match="no cell"):
-        collect.find(make(tmp_path / "d", eval_episodes=1), known)
-    with pytest.raises(ValueError, match="no folder of a run"):
-        collect.find(tmp_path, known)
-
-
-def test_an_args_json_from_before_norms_were_combined_is_read_as_it_was_meant():
-    old = {"env": "Hopper-v4", "total_steps": 300_000, "norm": "batchnorm", "norm_position": []}
-    old |= {"bn_rollout": "train", "reward_norm": True, "network": "mlp", "bn_recalibrate": 0}
-    about = {"args": old, "versions": {"torch": "2"}}
-    options = "--total-steps 300000 --norm batchnorm --bn-rollout train --reward-norm"
-    assert collect.described(about, "ppo_bn") == (options, "torch==2")
-    for name in ("none", "input", "eval-train", "train-train"):
-        run = cells.Run(cells.load()[1][f"ppo-{name}"], "Hopper-v4", 1)
-        assert cells.fits(about, run, ()) == (name == "train-train")
-
-
-def test_a_dry_run_prints_the_missing_commands_once(known, tmp_path, capsys):
-    collect.write(tmp_path / "out" / "tiny-none" / "CartPole-v1-seed1.csv", [])
-    args = words(tmp_path, "--dry-run tiny-none tiny-fixed tiny-fixed")
-    study.run.main(tyro.cli(study.run.Args, args=args))
-    line, *rest = capsys.readouterr().out.splitlines()
-    assert line.startswith("python reinforce_bn.py --eval-every 500 --eval-episodes 2")
-    stats = tmp_path / "runs" / "tiny-filter" / "CartPole-v1-seed1" / "obs_stats.npz"
-    assert f"--norm-stats {stats}" in line and rest == ["1 runs are missing"]
-
-
-@pytest.mark.parametrize("mistake", ["Z99", "--cpus 0", "--file no.toml", f"--file {__file__}"])
-def test_a_mistake_gets_one_line(known, tmp_path, mistake, capsys):
-    with pytest.raises(SystemExit) as end:
-        study.run.main(tyro.cli(study.run.Args, args=words(tmp_path, mistake)))
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1 and mistake in error
-
-
 @pytest.mark.parametrize("end", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=SLOW)])
 def test_a_script_that_is_stopped_or_killed_is_resumed(gated, tmp_path, end):
     steps = []
@@ -168,14 +117,6 @@ def test_a_script_that_is_stopped_or_killed_is_resumed(gated, tmp_path, end):
     with open(tmp_path / "log", "a+") as log:
         study.run.finish(gated["tiny-none"].runs()[0], tmp_path / "run", tmp_path, log, report)
     assert steps[0] == 0 and None in steps and len(list(tmp_path.glob("run/events*"))) == 2
-
-
-def test_an_error_of_a_script_ends_with_its_line(gated, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoint.pt").write_text("spoilt")
-    words = pytest.raises(RuntimeError, match=r"ended with exit code 1, see .*log: \w*Error: .*")
-    with open(tmp_path / "log", "a+") as log, words:
-        study.run.finish(gated["tiny-none"].runs()[0], tmp_path / "run", tmp_path, log, print)
 
 
 def descendants(pid):
