@@ -130,6 +130,7 @@ def test_the_main_job_reaches_updates(script, tmp_path, monkeypatch):
     assert out.endswith(f"files: {run_dir}\nlook:  tensorboard --logdir {run_dir}\n")
     result = json.loads(Path(run_dir, "result.json").read_text())
     assert result["updates"] >= 21 and result["steps"] >= 600
+    assert b"Normalization" in next(Path(run_dir).glob("events*")).read_bytes()  # a page of its own
 
 
 # ---------------------------------------------------------------------- Runs that go on

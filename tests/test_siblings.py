@@ -23,8 +23,7 @@ DIFFER["reinforce_bn", "ppo_bn"] = ALGORITHM | IMAGES | ON_POLICY | {"norm_scala
 DIFFER["ppo_bn", "ddpg_bn"] = DIFFER["ppo_bn", "sac_bn"] = ACROSS
 DIFFER["ddpg_bn", "sac_bn"] = ALGORITHM | {"critic_loss", "actor_loss", "q_errors"}
 
-# At most so many lines, kilobytes, lines of the stripped script, the line in which train ends, and
-# lines of its longest loop. A limit may fall; it rises only for something a reader would miss.
+# Lines, kilobytes, lines stripped, where train ends, lines of its longest loop: these may but fall.
 LIMITS = {
     "reinforce_bn": (775, 39, 535, 435, 50),
     "ppo_bn": (725, 37, 545, 445, 50),
