@@ -485,7 +485,7 @@ def norm_scalars(agent, batch, log_ratio):
     changed: 0 unless acting had another mode, or other statistics.
     stat_lag: see `stat_lags`, mean over layers.
     """
-    scalars = {"norm/first_ratio": (log_ratio.exp() - 1).abs().max()}
+    scalars = {"norm/first_ratio": (log_ratio.exp() - 1).abs().max().clamp(max=1e6)}
     lags = stat_lags(agent.actor.net, batch.obs) + stat_lags(agent.critic, batch.obs)
     if lags:
         scalars["norm/stat_lag"] = torch.stack(lags).mean()
@@ -670,14 +670,12 @@ class Run:
         self.save()  # from now on --resume can go on from the last checkpoint
 
     def log(self, scalars):
-        """Write {name: value} to the events; raise FloatingPointError if a loss is not finite."""
+        """Write {name: value} to the events; raise FloatingPointError if one is not finite."""
         self.bar.update(self.step - self.bar.n)
         for name, value in scalars.items():
             value = torch.as_tensor(value).item()
             self.writer.add_scalar(name, value, self.step)
-            if not math.isfinite(value) and not name.startswith(
-                "norm/"
-            ):  # diagnostics may overflow
+            if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}")
 
     def evaluate(self, returns, scalars):
@@ -714,7 +712,8 @@ class Run:
         free += "save_every", "resume", "capture_video"
         for name, value in vars(self.args).items():
             if name not in free and state["args"].get(name) != value:
-                raise ValueError(f"--resume {self.dir} is of a run with another {name}")
+                name = name.replace("_", "-")
+                raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
         for name, part in state["agent"].items():
             getattr(self.agent, name).load_state_dict(part)
         self.step, self.updates, self.evals = state["progress"]

@@ -723,14 +723,12 @@ class Run:
         self.save()  # from now on --resume can go on from the last checkpoint
 
     def log(self, scalars):
-        """Write {name: value} to the events; raise FloatingPointError if a loss is not finite."""
+        """Write {name: value} to the events; raise FloatingPointError if one is not finite."""
         self.bar.update(self.step - self.bar.n)
         for name, value in scalars.items():
             value = torch.as_tensor(value).item()
             self.writer.add_scalar(name, value, self.step)
-            if not math.isfinite(value) and not name.startswith(
-                "norm/"
-            ):  # diagnostics may overflow
+            if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}")
 
     def evaluate(self, returns, scalars):
@@ -767,7 +765,8 @@ class Run:
         free += "save_every", "resume", "capture_video"
         for name, value in vars(self.args).items():
             if name not in free and state["args"].get(name) != value:
-                raise ValueError(f"--resume {self.dir} is of a run with another {name}")
+                name = name.replace("_", "-")
+                raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
         for name, part in state["agent"].items():
             getattr(self.agent, name).load_state_dict(part)
         self.step, self.updates, self.evals = state["progress"]

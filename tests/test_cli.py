@@ -144,7 +144,7 @@ def test_resume_extends_and_evaluates_again(small):
     again = ddpg_bn.saved_args(first["run_dir"])
     assert ddpg_bn.train(again)["eval"] == first["eval"]
     for options in ({"critic_lr": 0.5}, {"norm": ("layernorm",)}, {"env": "Pendulum-v0"}):
-        with pytest.raises(ValueError, match=f"another --{next(iter(options))}"):
+        with pytest.raises(ValueError, match=f"another --{next(iter(options)).replace('_', '-')}"):
             ddpg_bn.Run(replace(again, **options), None, [])
     extended = ddpg_bn.train(replace(again, total_steps=320, save_every=3, eval_episodes=1))
     assert whole["eval"] == extended["eval"] and len(whole["eval"]) == 4
