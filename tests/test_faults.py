@@ -185,11 +185,18 @@ def test_a_signal_ends_an_endless_episode_and_the_run_resumes(
         time.sleep(0.01)
     process.send_signal(number)
     _, err = process.communicate(timeout=300)
-    assert (
-        process.returncode == 1 and "Traceback" not in err and not Path("run/result.json").exists()
-    )
+    assert process.returncode == 1 and "Traceback" not in err
+    assert not Path("run/result.json").exists()
     assert err.strip().splitlines()[-1] == "stopped: --resume goes on from the last checkpoint"
     Path("endless").unlink()
     module = importlib.import_module(script)
     result = module.train(replace(module.saved_args("run", "cpu"), total_steps=100))
     assert result["eval"][-1][1] == 7 and 100 <= result["steps"] < 300
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    before = path.stat().st_ino
+    importlib.import_module("ddpg_bn").write(path, Path.touch)
+    assert path.stat().st_ino != before

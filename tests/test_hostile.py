@@ -201,8 +201,6 @@ def test_actions_reach_their_bounds_and_never_leave_them(script, play):
 
 
 class Units(PendulumEnv):
-    """Pendulum with its torque in other units."""
-
     def __init__(self, low, high):
         super().__init__()
         self.low, self.width = low, high - low

@@ -15,7 +15,6 @@ import ppo_bn
 
 @pytest.mark.parametrize("name", ["reinforce_bn", "ppo_bn", "ddpg_bn", "sac_bn"])
 def test_a_policy_acts_elsewhere_by_the_statistics_of_its_run(name, small):
-    """On an observation of the plain environment, in its units: Countdown's bounds are -1 and 3."""
     script = importlib.import_module(name)
     args = small(script, env="Countdown-v0", norm="zfilter", total_steps=200)
     script.train(args)
@@ -26,7 +25,7 @@ def test_a_policy_acts_elsewhere_by_the_statistics_of_its_run(name, small):
     actor.load_state_dict(checkpoint(args.run_dir)["agent"]["actor"])
     action = actor(torch.tensor(z, dtype=torch.float32).unsqueeze(0))
     action = (action if torch.is_tensor(action) else action.mode).detach().numpy()[0]
-    expected = np.clip(1 + 2 * action, -1, 3)
+    expected = np.clip(1 + 2 * action, -1, 3)  # in units of the plain environment
     np.testing.assert_allclose(script.load_policy(args.run_dir)(obs), expected, rtol=1e-5)
 
 
@@ -36,8 +35,7 @@ def test_a_finished_run_shows_its_policy(small):
     ppo_bn.train(ppo_bn.Args(**vars(args) | {"resume": args.run_dir, "capture_video": True}))
     (video, *_) = sorted(Path(args.run_dir, "videos").glob("*.mp4"))
     with VideoFileClip(str(video)) as clip:
-        frame = clip.get_frame(0)
-        assert clip.duration > 0.1 and frame.shape == (400, 600, 3) and frame.std() > 1
+        assert clip.duration > 0.1 and clip.get_frame(0).shape == (400, 600, 3)
 
 
 def test_the_faster_products_are_those_of_float32():
