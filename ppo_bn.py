@@ -360,9 +360,9 @@ def make_agent(env, args, device):
     agent.obs_stat = RunningStat(obs_dim)  # of all states that training meets
     agent.obs_filter = ZFilter(obs_dim, demean=False, destd=False, clip=None)  # the identity
     if "zfilter" in args.norm:
-        agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # which learns
+        agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # by these, as they grow
     if "fixed" in args.norm:
-        agent.obs_filter = ZFilter(obs_dim)  # which never does
+        agent.obs_filter = ZFilter(obs_dim)  # by those of a file, which stay
         if not args.resume:  # a checkpoint holds the statistics, too
             agent.obs_filter.stat.load(args.norm_stats, env=args.env)
     agent.reward_scale = RewardScale(args.num_envs, args.gamma)  # for --reward-norm
@@ -547,7 +547,7 @@ def make_env(args, run=None):
 
 def check_options(args):
     """Raise ValueError, which tyro shows, for options that cannot work or would change nothing."""
-    # NORM begin: flag: see below
+    # NORM begin: flag: what --norm asks for
     layers = [x for x in args.norm if x in ("batchnorm", "batchrenorm", "layernorm")]
     filters = [x for x in args.norm if x in ("zfilter", "fixed")]
     one_each = max(len(layers), len(filters)) <= 1 and len(layers + filters) == len(args.norm)
