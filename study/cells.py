@@ -32,6 +32,10 @@ class Cell(NamedTuple):
     seeds: tuple[int, ...]
     options: str  # {name}: obs_stats.npz of the run of that cell of the family, same env and seed
 
+    def program(self):
+        """Return what Python runs."""
+        return ["-m", self.script] if "." in self.script else [f"{self.script}.py"]
+
     def within(self, *envs):
         """Return the cell, of these environments only."""
         return self._replace(envs=tuple(env for env in self.envs if env in envs))
@@ -64,28 +68,51 @@ class Run(NamedTuple):
         return [*words, "--total-steps", str(self.cell.steps)]
 
 
+class Rule(NamedTuple):
+    left: str
+    relation: str
+    factor: float  # on the right
+    right: str  # a cell, or a number
+    envs: tuple[str, ...]  # none: all
+    metrics: tuple[str, ...]  # of the left, and of the right if that is another; none: the claim's
+
+
+def parse(rule):
+    """Return a Rule from its words."""
+    words, _, metrics = rule.partition(" by ")
+    left, relation, right, *where = words.split()
+    *factor, right = right.split("*")
+    return Rule(
+        left,
+        relation,
+        float(factor[0]) if factor else 1.0,
+        right,
+        tuple(where[1:]),
+        tuple(metrics.split(", ")) if metrics else (),
+    )
+
+
 def load(file=CLAIMS):
     """Return ({id: claim}, {name: Cell}) of a file of claims."""
     data = tomllib.loads(Path(file).read_text())
     cells = {}
     for family, about in data["family"].items():
+        prefix = about.get("prefix", family)
+        script = about["script"].removesuffix(".py").replace("/", ".")
+        envs, seeds = tuple(about["envs"]), tuple(range(1, about["seeds"] + 1))
         for name, options in about["cells"].items():
-            cell = "-".join(filter(None, (family, name)))
-            script, envs = about["script"].removesuffix(".py"), tuple(about["envs"])
-            first = about.get("first_seed", 1)
-            seeds = tuple(range(first, first + about["seeds"]))
+            cell = "-".join(filter(None, (prefix, name)))
             options = f"{about['options']} {options}".strip()
-            cells[cell] = Cell(cell, family, script, envs, about["steps"], seeds, options)
+            cells[cell] = Cell(cell, prefix, script, envs, about["steps"], seeds, options)
     return {claim["id"]: claim for claim in data.get("claim", [])}, cells
 
 
 def cells_of(claim, cells):
     """Return {name: Cell} of what a claim compares, within the environments that its rules name."""
     envs = {}
-    for rule in claim["compare"] + claim.get("also", []):
-        left, _, right, *where = rule.split()
-        for name in (x for x in (left, right) if x in cells):
-            envs.setdefault(name, set()).update(where[1:] or cells[name].envs)
+    for rule in map(parse, claim["compare"] + claim.get("also", [])):
+        for name in (x for x in (rule.left, rule.right) if x in cells):
+            envs.setdefault(name, set()).update(rule.envs or cells[name].envs)
     return {name: cells[name].within(*envs[name]) for name in envs}
 
 

@@ -25,8 +25,7 @@ from tyro.conf import Positional
 from study.cells import BY_HAND, RESULTS, fits, load, plain, saved_options
 
 SCALARS = "eval/return", "charts/episodic_return", "norm/actor_grad", "norm/saturation"
-SCALARS += "norm/q_bias", "norm/stat_lag", "norm/target_stretch"
-SCALARS += "norm/first_ratio", "norm/moment_gap"
+SCALARS += "norm/q_bias", "norm/stat_lag", "norm/first_ratio"
 SCALARS += "norm/return_eval_mode", "norm/return_train_mode", "norm/return_recalibrated_mode"
 COLUMNS = "cell", "script", "env", "seed", "options", "commit", "versions", "cpu", "wall_s"
 COLUMNS += "diverged", "step", *SCALARS
@@ -115,7 +114,8 @@ def find(run_dir, cells):
         env, seed = about["args"]["env"], about["args"]["seed"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"no folder of a run ({error})") from None
-    known = [run for cell in cells.values() if cell.script == script for run in cell.runs()]
+    known = [cell for cell in cells.values() if cell.script.split(".")[-1] == script]
+    known = [run for cell in known for run in cell.runs()]
     found = [
         run for run in known if (run.env, run.seed) == (env, seed) and fits(about, run, BY_HAND)
     ]

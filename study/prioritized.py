@@ -16,7 +16,7 @@ import torch
 import tyro
 
 import ddpg_bn
-from ddpg_bn import Batch, ReplayBuffer
+from ddpg_bn import Args, Batch, ReplayBuffer
 from ddpg_bn import sample_batch as plain_sample_batch
 
 ALPHA, BETA = 0.6, 0.4  # beta rises to 1 over the run
@@ -84,7 +84,7 @@ def critic_loss(agent, batch, args):
 if __name__ == "__main__":
     ddpg_bn.ReplayBuffer, ddpg_bn.sample_batch = PrioritizedReplay, sample_batch
     ddpg_bn.critic_loss, ddpg_bn.__file__ = critic_loss, __file__  # whose name its runs bear
-    args = tyro.cli(ddpg_bn.Args)
+    args = tyro.cli(Args)
     if args.resume:
-        args = tyro.cli(ddpg_bn.Args, default=ddpg_bn.saved_args(args.resume, args.device))
+        args = tyro.cli(Args, default=ddpg_bn.saved_args(args.resume, args.device))
     sys.exit(3 if ddpg_bn.train(args)["diverged"] else 0)

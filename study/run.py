@@ -34,6 +34,7 @@ from study import cells, collect
 TRIES = 10  # of a run that is killed
 QUIET = 600  # seconds between two words about progress where there is no terminal
 COST = {"reinforce_bn": 0.2, "ppo_bn": 1.0, "ddpg_bn": 8.0, "sac_bn": 16.0}  # of a step, roughly
+COST["study.prioritized"] = 9.0
 
 
 @dataclass
@@ -65,7 +66,7 @@ def version():
         ).stdout
 
     return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(
-        git("status", "--porcelain", "--", "*_bn.py", "zfilter.py")
+        git("status", "--porcelain", "--", "*_bn.py", "zfilter.py", "study/prioritized.py")
     )
 
 
@@ -76,7 +77,7 @@ def commits(folder):
 
 def command(run, folder, runs):
     """Return the command that begins a run, or continues it; note the commit."""
-    script = [sys.executable, f"{run.cell.script}.py"]
+    script = [sys.executable, *run.cell.program()]
     resumes = (folder / "checkpoint.pt").exists()
     with open(commits(folder), "a" if resumes else "w") as file:
         file.write(f"{version()}\n")
@@ -239,7 +240,10 @@ def choose(args):
             chosen.append(known[name])
         else:
             fail(f"{name} is no claim ({', '.join(claims)}) and no cell of {args.file}")
+    # family by family as in the file, seed by seed, so that comparisons fill evenly
+    order = list(dict.fromkeys(cell.family for cell in known.values()))
     every = [run for cell in chosen for run in cell.runs()]
+    every.sort(key=lambda run: (order.index(run.cell.family), run.seed))
     runs = {str(run.path()): run._replace(cell=known[run.cell.name]) for run in every}
     return [run for name, run in runs.items() if not (args.results / f"{name}.csv").exists()], known
 
@@ -250,7 +254,7 @@ def main(args):
     todo, known = choose(args)
     if args.dry_run:
         for run in todo:
-            print(shlex.join(["python", f"{run.cell.script}.py", *run.words(args.runs)]))
+            print(shlex.join(["python", *run.cell.program(), *run.words(args.runs)]))
     if args.dry_run or not todo:
         return print(f"{len(todo)} runs are missing")
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"}
