@@ -31,13 +31,13 @@ import itertools
 import json
 import math
 import random
-import re  # NORM flag: for the name of a run's folder
+import re
 import signal
 import sys
 import time
 import traceback
 from collections import namedtuple
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -59,9 +59,8 @@ torch.distributions.Distribution.set_default_validate_args(False)  # NaN ends a 
 Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
 # NORM end
 
+
 # ------------------------------------------------------------------------------------------- Args
-
-
 @dataclass
 class Args:
     env: str = "CartPole-v1"  # Gymnasium id of the environment
@@ -112,8 +111,6 @@ class Args:
 
 # NORM begin: layer: what --norm builds, and where --norm-position puts it
 # --------------------------------------------------------------------------- Normalization layers
-
-
 class BatchRenorm(nn.BatchNorm1d):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with CrossQ's bounds and epsilon.
 
@@ -171,8 +168,6 @@ def add_norm(net, name, args):
 
 # NORM end
 # --------------------------------------------------------------------------------------- Networks
-
-
 def make_net(gain, obs_shape, outputs, args):
     """Return --network; weights are orthogonal, those of the last layer scaled by gain (D3)."""
     layers, sizes = [], [math.prod(obs_shape)]
@@ -225,7 +220,6 @@ class Critic(nn.Module):
 
 
 # ------------------------------------------------------------------------------ Losses and update
-
 # What n environments met at one step: obs (n, *obs_shape), action (n, ...), the others (n,).
 # Stacked, with an axis of time before that of the environments. playing: the first episode.
 Rollout = namedtuple("Rollout", "obs action value reward done playing")
@@ -285,8 +279,6 @@ def update(agent, batch, args):
 
 
 # ------------------------------------------------------------------------------ Acting and memory
-
-
 def as_input(agent, obs):
     """Return observations (n, *obs_shape) as the networks take them."""
     obs = agent.obs_filter(obs, update=False)  # NORM obs: a rollout stores it filtered, as here
@@ -327,8 +319,6 @@ def bootstrap(agent, reward, next_obs, timed_out, args):
 
 
 # ------------------------------------------------------------------------------------------ Train
-
-
 def step_all(envs, actions):
     """Step each environment; return observations, rewards, terminated and truncated, (n, ...)."""
     steps = [env.step(action)[:4] for env, action in zip(envs, actions, strict=True)]
@@ -427,8 +417,6 @@ def train(args):
         run.save()
     except FloatingPointError as error:
         return run.finish(f"diverged at step {run.step}: {error}")
-    except (OSError, ValueError) as error:  # not a mistyped option: show where
-        raise RuntimeError(f"stopped at step {run.step}") from error
     finally:
         for env in envs + eval_envs:
             env.close()
@@ -436,8 +424,6 @@ def train(args):
 
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
-
-
 def evaluate(agent, envs, args):
     """Play an episode in each environment, from the same starts each time, and learn nothing.
 
@@ -528,8 +514,6 @@ class InTrainMode(nn.Module):
 
 # NORM end
 # ----------------------------------------------------------------- Environment and files of a run
-
-
 def checked(values):
     """Return values if all are finite; raise FloatingPointError, which ends the run as diverged."""
     if not np.isfinite(values).all():
@@ -598,8 +582,7 @@ def check_options(args):
     modes = args.bn_rollout, args.bn_update
     # NORM end
     needs = [  # (options, requirement, whether it is met), asked of options that were changed
-        ("eval_episodes", "1 or more", args.eval_episodes > 0),
-        ("save_every", "1 or more", args.save_every > 0),
+        ("eval_episodes save_every", "1 or more", min(args.eval_episodes, args.save_every) > 0),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
         ("hidden_sizes", "hidden layers", args.network != "linear"),
         # NORM begin: flag: an option that would change nothing is a mistake
@@ -627,6 +610,10 @@ def check_options(args):
                 raise ValueError(f"--{name.replace('_', '-')} needs {what}")
 
 
+FREE = "total_steps", "device", "eval_every", "eval_episodes"  # what a resumed run may change
+FREE += "save_every", "resume", "capture_video"
+
+
 def write(path, save):
     """Let save fill a new file, then move it to path: a kill leaves the old one or the new."""
     new = path.with_name(f"new-{path.name}")
@@ -641,14 +628,10 @@ class Run:
         self.args, self.agent = args, agent
         self.generators = [x for x in generators if isinstance(x, np.random.Generator)]
         self.step, self.updates, self.evals, self.saved = 0, 0, [], 0
-        name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}"
-        # NORM begin: flag: the folder's name says how the run is normalized
-        changed = [k for k in vars(args) if getattr(args, k) != getattr(Args, k)]
-        words = [
-            f"{k} {getattr(args, k)}" for k in changed if re.match("(reward_|weight_)?norm|bn", k)
-        ]
-        name = re.sub(r"[^\w.]+", "-", " ".join([*words, name]))
-        # NORM end
+        shown = {k: v for k, v in vars(args).items() if k not in (*FREE, "env", "seed", "run_dir")}
+        words = [f"{k} {v}" for k, v in shown.items() if v != getattr(Args, k)]
+        words += [f"seed{args.seed}", time.strftime("%Y%m%d-%H%M%S"), str(time.time_ns() % 10**9)]
+        name = re.sub(r"[^\w.]+", "-", " ".join(words))[-200:]
         new = args.run_dir or Path("runs", args.env.replace(":", "-"), Path(__file__).stem, name)
         self.dir = Path(args.resume or new)
         if args.resume:
@@ -656,7 +639,7 @@ class Run:
         else:
             self.dir.mkdir(parents=True)
         names = "torch", "gymnasium", "mujoco", "numpy"
-        about = {"script": Path(__file__).stem, "args": asdict(args)}
+        about = {"script": Path(__file__).stem, "args": vars(args)}
         about["versions"] = {x: sys.modules[x].__version__ for x in names if x in sys.modules}
         write(self.dir / "args.json", lambda file: file.write_text(json.dumps(about, indent=2)))
         (self.dir / "result.json").unlink(missing_ok=True)  # of a run that now goes further
@@ -675,7 +658,7 @@ class Run:
         for name, value in scalars.items():
             value = torch.as_tensor(value).item()
             self.writer.add_scalar(name, value, self.step)
-            if not math.isfinite(value):
+            if not np.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}")
 
     def evaluate(self, returns, scalars):
@@ -687,11 +670,8 @@ class Run:
 
     def save(self):
         """Write all that the run needs to go on as if it had never stopped."""
-        nets = [net for net in vars(self.agent).values() if isinstance(net, nn.Module)]
-        if not all(weight.isfinite().all() for net in nets for weight in net.parameters()):
-            raise FloatingPointError("a weight is not finite")
         parts = {k: part for k, part in vars(self.agent).items() if hasattr(part, "state_dict")}
-        state = {"args": asdict(self.args), "progress": (self.step, self.updates, self.evals)}
+        state = {"args": vars(self.args), "progress": (self.step, self.updates, self.evals)}
         state["agent"] = {name: part.state_dict() for name, part in parts.items()}
         numbers = [generator.bit_generator.state for generator in self.generators]
         numbers = [random.getstate(), np.random.get_state(legacy=False), *numbers]
@@ -708,10 +688,8 @@ class Run:
     def load(self):
         """Restore what `save` wrote; nothing in the file is executed."""
         state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        free = "total_steps", "device", "eval_every", "eval_episodes"
-        free += "save_every", "resume", "capture_video"
         for name, value in vars(self.args).items():
-            if name not in free and state["args"].get(name) != value:
+            if name not in FREE and state["args"].get(name) != value:
                 name = name.replace("_", "-")
                 raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
         for name, part in state["agent"].items():
@@ -737,17 +715,15 @@ class Run:
         return result
 
 
-def saved_args(run_dir, device="auto"):
+def saved_args(run_dir):
     """Return the options of a run, to resume it."""
     saved = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["args"]
-    saved = {name: value for name, value in saved.items() if name in Args.__annotations__}
-    saved["device"] = saved["device"] if device == "auto" else device
-    return Args(**saved | {"resume": str(run_dir)})
+    return Args(**saved | {"resume": str(run_dir), "device": "auto"})
 
 
 def load_policy(run_dir):
     """Return a function from an observation of the plain environment to an action in its units."""
-    args = saved_args(run_dir, device="cpu")
+    args = saved_args(run_dir)
     env = make_env(args)
     agent = make_agent(env, args, "cpu")
     parts = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["agent"]
@@ -762,7 +738,7 @@ if __name__ == "__main__":
     try:
         args = tyro.cli(Args)
         if args.resume:  # what is not given is as in that run
-            args = tyro.cli(Args, default=saved_args(args.resume, args.device))
+            args = tyro.cli(Args, default=saved_args(args.resume))
         result = train(args)
     except (OSError, ValueError, gym.error.Error) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]

@@ -34,13 +34,13 @@ import itertools
 import json
 import math
 import random
-import re  # NORM flag: for the name of a run's folder
+import re
 import signal
 import sys
 import time
 import traceback
 from collections import namedtuple
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -63,9 +63,8 @@ torch.distributions.Distribution.set_default_validate_args(False)  # NaN ends a 
 Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
 # NORM end
 
+
 # ------------------------------------------------------------------------------------------- Args
-
-
 @dataclass
 class Args:
     env: str = "HalfCheetah-v4"  # Gymnasium id of the environment
@@ -124,8 +123,6 @@ class Args:
 
 # NORM begin: layer: what --norm builds, and where --norm-position puts it
 # --------------------------------------------------------------------------- Normalization layers
-
-
 class BatchRenorm(nn.BatchNorm1d):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with CrossQ's bounds and epsilon.
 
@@ -188,20 +185,16 @@ def project_weights(net, name, args):
     """
     if not args.weight_norm or args.norm_net not in ("both", name):
         return
-    for layers in net.modules():
-        if not isinstance(layers, nn.Sequential):
-            continue
-        for layer in layers[:-1]:  # all but the output layer
-            if isinstance(layer, nn.Linear):
-                length = torch.cat([layer.weight, layer.bias.unsqueeze(1)], dim=1).norm(dim=1)
-                layer.weight /= length.unsqueeze(1)
-                layer.bias /= length
+    chains = [module for module in net.modules() if isinstance(module, nn.Sequential)]
+    for layer in itertools.chain(*(chain[:-1] for chain in chains)):  # the output layer is free
+        if isinstance(layer, nn.Linear):
+            length = torch.cat([layer.weight, layer.bias.unsqueeze(1)], dim=1).norm(dim=1)
+            layer.weight /= length.unsqueeze(1)
+            layer.bias /= length
 
 
 # NORM end
 # --------------------------------------------------------------------------------------- Networks
-
-
 def make_net(*sizes):
     """Return linear layers from sizes[0] features to sizes[-1], all but the last one activated."""
     layers = []
@@ -253,7 +246,6 @@ class Critic(nn.Module):
 
 
 # ------------------------------------------------------------------------------ Losses and update
-
 # Transitions: obs and next_obs (n, obs_dim), action (n, action_dim), the others (n,).
 Batch = namedtuple("Batch", "obs action reward next_obs terminated")
 
@@ -349,8 +341,6 @@ def update(agent, batch, updates, args):
 
 
 # ------------------------------------------------------------------------------ Acting and memory
-
-
 class ReplayBuffer:
     """The newest `capacity` transitions, raw float32, in arrays that are allocated once."""
 
@@ -374,12 +364,10 @@ class ReplayBuffer:
         return Batch(*(array[rows] for array in self.data))
 
     def state_dict(self):
-        """Return the filled part, as tensors that share its memory."""
         data = [torch.from_numpy(array[: len(self)]) for array in self.data]
         return {"added": self.added, "data": data}
 
     def load_state_dict(self, state):
-        """Restore what `state_dict` returned."""
         self.added = state["added"]
         for array, saved in zip(self.data, state["data"], strict=True):
             array[: len(self)] = saved
@@ -408,8 +396,6 @@ def act(agent, obs, explores=False):
 
 
 # ------------------------------------------------------------------------------------------ Train
-
-
 def make_agent(env, args, device):
     """Return networks, the critics' target (a copy, or the live ones), optimizers and replay."""
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
@@ -502,8 +488,6 @@ def train(args):
         run.save()
     except FloatingPointError as error:
         return run.finish(f"diverged at step {run.step}: {error}")
-    except (OSError, ValueError) as error:  # not a mistyped option: show where
-        raise RuntimeError(f"stopped at step {run.step}") from error
     finally:
         env.close()
         eval_env.close()
@@ -512,8 +496,6 @@ def train(args):
 
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
-
-
 def evaluate(agent, env, args):
     """Play without noise, from the same starts each time, and learn nothing.
 
@@ -524,16 +506,14 @@ def evaluate(agent, env, args):
     errors = []  # NORM report: of Q
     for k in range(args.eval_episodes):
         obs, _ = env.reset(seed=1_000_000 + k)
-        rewards, done = [], False
-        pairs = []  # NORM report: (s, a), which Q is asked about
+        episode, done = [], False
         while not done:
             action = act(agent, obs)
-            pairs.append((obs, action))  # NORM report: which Q is asked about
-            obs, reward, terminated, truncated, _ = env.step(action)
-            rewards.append(reward)
-            done = terminated or truncated
-        returns.append(np.sum(rewards))
-        errors.extend(q_errors(agent, pairs, rewards, terminated, args))  # NORM report: of Q
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            episode.append((obs, action, reward))
+            obs, done = next_obs, terminated or truncated
+        returns.append(np.sum([reward for _, _, reward in episode]))
+        errors.extend(q_errors(agent, episode, terminated, args))  # NORM report: of Q
     if errors:  # NORM report: none if every episode was cut too early
         scalars["norm/q_bias"] = np.mean(errors)  # NORM report: see q_errors
     random.setstate(state[0])
@@ -547,7 +527,7 @@ SCALARS = "norm/actor_grad", "norm/saturation", "norm/stat_lag", "norm/q_bias"
 
 
 @torch.no_grad()
-def q_errors(agent, pairs, rewards, terminated, args):
+def q_errors(agent, episode, terminated, args):
     """Return (Q(s, a) - G) / max(|G|, 10) for the states of an episode, after REDQ's code.
 
     G is the discounted return that followed, with alpha times the entropy of all later actions; Q
@@ -555,9 +535,9 @@ def q_errors(agent, pairs, rewards, terminated, args):
     reward, Q lies below G without any error. Where a time-out cut the episode, the states are left
     out that have more than 1 % of G's weight behind the cut.
     """
+    obs, action, rewards = map(np.array, zip(*episode, strict=True))
     if args.reward_norm:
-        rewards = agent.reward_scale(np.array(rewards))  # Q is of scaled ones
-    obs, action = map(np.array, zip(*pairs, strict=True))
+        rewards = agent.reward_scale(rewards)  # Q is of scaled ones
     inputs = agent.obs_filter(obs, update=False), action
     inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
     with torch.random.fork_rng():  # training keeps its own random numbers
@@ -592,10 +572,8 @@ def norm_scalars(agent, batch):
     saturation: share of the components of the actor's action in the outer 1 % at either bound.
     """
     grads = [p.grad for p in agent.actor.parameters() if p.grad is not None]
-    action = agent.actor.eval()(batch.obs)
-    scalars = {"norm/saturation": (action.abs() > 0.98).float().mean()}
-    if grads:
-        scalars["norm/actor_grad"] = nn.utils.get_total_norm(grads)
+    scalars = {"norm/actor_grad": nn.utils.get_total_norm(grads)}
+    scalars["norm/saturation"] = (agent.actor.eval()(batch.obs).abs() > 0.98).float().mean()
     lags = stat_lags(agent.actor, batch.obs) + stat_lags(agent.critic, batch.obs, batch.action)
     if lags:
         scalars["norm/stat_lag"] = torch.stack(lags).mean()
@@ -604,8 +582,6 @@ def norm_scalars(agent, batch):
 
 # NORM end
 # ----------------------------------------------------------------- Environment and files of a run
-
-
 def checked(values):
     """Return values if all are finite; raise FloatingPointError, which ends the run as diverged."""
     if not np.isfinite(values).all():
@@ -656,8 +632,7 @@ def check_options(args):
     is_batch = layers not in ([], ["layernorm"])
     # NORM end
     needs = [  # (options, requirement, whether it is met), asked of options that were changed
-        ("eval_episodes", "1 or more", args.eval_episodes > 0),
-        ("save_every", "1 or more", args.save_every > 0),
+        ("eval_episodes save_every", "1 or more", min(args.eval_episodes, args.save_every) > 0),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
         ("tau", "target networks", args.target_network),
         # NORM begin: flag: an option that would change nothing is a mistake
@@ -680,6 +655,10 @@ def check_options(args):
                 raise ValueError(f"--{name.replace('_', '-')} needs {what}")
 
 
+FREE = "total_steps", "device", "eval_every", "eval_episodes"  # what a resumed run may change
+FREE += "save_every", "resume", "capture_video"
+
+
 def write(path, save):
     """Let save fill a new file, then move it to path: a kill leaves the old one or the new."""
     new = path.with_name(f"new-{path.name}")
@@ -694,14 +673,10 @@ class Run:
         self.args, self.agent = args, agent
         self.generators = [x for x in generators if isinstance(x, np.random.Generator)]
         self.step, self.updates, self.evals, self.saved = 0, 0, [], 0
-        name = f"seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}"
-        # NORM begin: flag: the folder's name says how the run is normalized
-        changed = [k for k in vars(args) if getattr(args, k) != getattr(Args, k)]
-        words = [
-            f"{k} {getattr(args, k)}" for k in changed if re.match("(reward_|weight_)?norm|bn", k)
-        ]
-        name = re.sub(r"[^\w.]+", "-", " ".join([*words, name]))
-        # NORM end
+        shown = {k: v for k, v in vars(args).items() if k not in (*FREE, "env", "seed", "run_dir")}
+        words = [f"{k} {v}" for k, v in shown.items() if v != getattr(Args, k)]
+        words += [f"seed{args.seed}", time.strftime("%Y%m%d-%H%M%S"), str(time.time_ns() % 10**9)]
+        name = re.sub(r"[^\w.]+", "-", " ".join(words))[-200:]
         new = args.run_dir or Path("runs", args.env.replace(":", "-"), Path(__file__).stem, name)
         self.dir = Path(args.resume or new)
         if args.resume:
@@ -709,7 +684,7 @@ class Run:
         else:
             self.dir.mkdir(parents=True)
         names = "torch", "gymnasium", "mujoco", "numpy"
-        about = {"script": Path(__file__).stem, "args": asdict(args)}
+        about = {"script": Path(__file__).stem, "args": vars(args)}
         about["versions"] = {x: sys.modules[x].__version__ for x in names if x in sys.modules}
         write(self.dir / "args.json", lambda file: file.write_text(json.dumps(about, indent=2)))
         (self.dir / "result.json").unlink(missing_ok=True)  # of a run that now goes further
@@ -728,7 +703,7 @@ class Run:
         for name, value in scalars.items():
             value = torch.as_tensor(value).item()
             self.writer.add_scalar(name, value, self.step)
-            if not math.isfinite(value):
+            if not np.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}")
 
     def evaluate(self, returns, scalars):
@@ -740,11 +715,8 @@ class Run:
 
     def save(self):
         """Write all that the run needs to go on as if it had never stopped."""
-        nets = [net for net in vars(self.agent).values() if isinstance(net, nn.Module)]
-        if not all(weight.isfinite().all() for net in nets for weight in net.parameters()):
-            raise FloatingPointError("a weight is not finite")
         parts = {k: part for k, part in vars(self.agent).items() if hasattr(part, "state_dict")}
-        state = {"args": asdict(self.args), "progress": (self.step, self.updates, self.evals)}
+        state = {"args": vars(self.args), "progress": (self.step, self.updates, self.evals)}
         state["agent"] = {name: part.state_dict() for name, part in parts.items()}
         numbers = [generator.bit_generator.state for generator in self.generators]
         numbers = [random.getstate(), np.random.get_state(legacy=False), *numbers]
@@ -761,10 +733,8 @@ class Run:
     def load(self):
         """Restore what `save` wrote; nothing in the file is executed."""
         state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        free = "total_steps", "device", "eval_every", "eval_episodes"
-        free += "save_every", "resume", "capture_video"
         for name, value in vars(self.args).items():
-            if name not in free and state["args"].get(name) != value:
+            if name not in FREE and state["args"].get(name) != value:
                 name = name.replace("_", "-")
                 raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
         for name, part in state["agent"].items():
@@ -790,17 +760,15 @@ class Run:
         return result
 
 
-def saved_args(run_dir, device="auto"):
+def saved_args(run_dir):
     """Return the options of a run, to resume it."""
     saved = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["args"]
-    saved = {name: value for name, value in saved.items() if name in Args.__annotations__}
-    saved["device"] = saved["device"] if device == "auto" else device
-    return Args(**saved | {"resume": str(run_dir)})
+    return Args(**saved | {"resume": str(run_dir), "device": "auto"})
 
 
 def load_policy(run_dir):
     """Return a function from an observation of the plain environment to an action in its units."""
-    args = saved_args(run_dir, device="cpu")
+    args = saved_args(run_dir)
     env = make_env(args)
     agent = make_agent(env, args, "cpu")
     parts = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["agent"]
@@ -815,7 +783,7 @@ if __name__ == "__main__":
     try:
         args = tyro.cli(Args)
         if args.resume:  # what is not given is as in that run
-            args = tyro.cli(Args, default=saved_args(args.resume, args.device))
+            args = tyro.cli(Args, default=saved_args(args.resume))
         result = train(args)
     except (OSError, ValueError, gym.error.Error) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]

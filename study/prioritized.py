@@ -86,5 +86,5 @@ if __name__ == "__main__":
     ddpg_bn.critic_loss, ddpg_bn.__file__ = critic_loss, __file__  # whose name its runs bear
     args = tyro.cli(Args)
     if args.resume:
-        args = tyro.cli(Args, default=ddpg_bn.saved_args(args.resume, args.device))
+        args = tyro.cli(Args, default=ddpg_bn.saved_args(args.resume))
     sys.exit(3 if ddpg_bn.train(args)["diverged"] else 0)

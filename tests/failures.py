@@ -116,7 +116,7 @@ def restored_policy_differs(script, folder):
     result, _ = run(script, folder, env="Countdown-v0", norm="zfilter", total_steps=200)
     seen = []
     script.evaluate = lambda agent, *_: seen.append(agent.obs_filter.stat.count) or ([0.0], {})
-    script.train(script.saved_args(result["run_dir"], "cpu"))  # which has only this left to do
+    script.train(script.saved_args(result["run_dir"]))  # which has only this left to do
     return seen == [0]
 
 

@@ -334,14 +334,15 @@ def test_q_errors_by_brute_force():
     before = copy.deepcopy(agent.critic.state_dict())
     obs, action, reward = np.split(np.random.default_rng(0).normal(size=(30, 5)), [3, 4], 1)
     inputs = torch.tensor(agent.obs_filter(obs, update=False)).float(), torch.tensor(action).float()
-    q, pairs = agent.critic.eval()(*inputs).detach().numpy(), list(zip(obs, action, strict=True))
+    q = agent.critic.eval()(*inputs).detach().numpy()
+    episode = list(zip(obs, action, 1000 * reward[:, 0], strict=True))
     agent.critic.train()
     for args.reward_norm, ends in itertools.product((True, False), (True, False)):
         r, expected = (25 * reward).clip(-10, 10) if args.reward_norm else 1000 * reward, []
         for t in range(30 if ends else 30 - 6):  # 0.5 ** 7 < 0.01 < 0.5 ** 6
             g = sum(0.5**k * x for k, x in enumerate(r[t:, 0]))
             expected.append((q[t] - g) / max(abs(g), 10))
-        found = ddpg_bn.q_errors(agent, pairs, 1000 * reward[:, 0], ends, args)
+        found = ddpg_bn.q_errors(agent, episode, ends, args)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert agent.obs_stat.count == 50 and same(before, agent.critic.state_dict())
 

@@ -144,10 +144,10 @@ def test_any_generator_trains_and_resumes(script, generator, play, capsys, monke
     monkeypatch.setattr(module.Run, "save", save_and_stop)
     stopped = f"{whole}-stopped"
     with pytest.raises(KeyboardInterrupt):
-        module.train(replace(module.saved_args(whole, "cpu"), resume="", run_dir=stopped))
+        module.train(replace(module.saved_args(whole), resume="", run_dir=stopped))
     assert all(room.closed for room in ROOMS)
     monkeypatch.setattr(module.Run, "save", save)
-    module.train(module.saved_args(stopped, "cpu"))
+    module.train(module.saved_args(stopped))
     is_same = same(*(checkpoint(run_dir)["agent"] for run_dir in (whole, stopped)))
     assert (said, is_same) == ((1, False) if generator == "RandomState" else (0, True))
 

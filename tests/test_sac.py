@@ -161,7 +161,8 @@ def test_q_bias_by_brute_force():
     rng = np.random.default_rng(0)
     obs, action, reward = rng.normal(size=(30, 3)), rng.normal(size=(30, 1)), rng.normal(size=30)
     inputs = [torch.tensor(x, dtype=torch.float32) for x in (obs, action)]
-    q, pairs = agent.critic(*inputs).detach().numpy().mean(1), list(zip(obs, action, strict=True))
+    q = agent.critic(*inputs).detach().numpy().mean(1)
+    episode = list(zip(obs, action, 100 * reward, strict=True))
     for terminated in (True, False):
         torch.manual_seed(11)
         log_prob, expected = agent.actor.sample(inputs[0])[1].detach().numpy(), []
@@ -170,7 +171,7 @@ def test_q_bias_by_brute_force():
             g -= 7 * sum(0.5**k * log_prob[t + k] for k in range(1, 30 - t))
             expected.append((q[t] - g) / max(abs(g), 10))
         torch.manual_seed(11)
-        found = sac_bn.q_errors(agent, pairs, 100 * reward, terminated, args)
+        found = sac_bn.q_errors(agent, episode, terminated, args)
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
