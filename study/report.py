@@ -166,11 +166,12 @@ def curve(ax, runs, scalar, **look):
     Evaluations are matched by their number, since in REINFORCE and PPO steps differ a little; a run
     that diverged stays at its last value.
     """
-    runs = [rows for rows in (finite(rows, scalar) for rows in runs) if len(rows)]
+    runs = [finite(rows, scalar).reset_index() for rows in runs]
+    runs = [rows for rows in runs if len(rows)]
     if not runs:
         return
-    steps = pd.DataFrame([rows["step"].tolist() for rows in runs]).max() / 1000
-    y = pd.DataFrame([rows[scalar].tolist() for rows in runs]).ffill(axis=1).to_numpy()
+    steps = pd.concat([rows["step"] for rows in runs], axis=1).max(axis=1) / 1000
+    y = pd.concat([rows[scalar] for rows in runs], axis=1).ffill().to_numpy().T
     if len(steps) == 1:
         look["marker"] = look["marker"] or "o"
     ax.plot(steps, iqm(y), linewidth=2, markersize=5, markevery=-(-len(steps) // 10), **look)
@@ -271,18 +272,24 @@ def typed(options):
     return re.sub(r"--(total-steps|eval-every) \d+ ?", "", options).strip() or "none"
 
 
+def picture(name, words):
+    """Return the line that shows a figure."""
+    return f"![{words}](study/figures/{name}.svg)"
+
+
 def answer(data):
     """Return a sentence for DDPG and one for SAC: returns without and with batch norm."""
     words = {"none": "no layers", "naive": "naive batch norm", "repair": "repaired"}
-    words |= {"recipe-wn": "with the recipe and weight norm"}
+    words |= {"recipe-wn": "recipe and weight norm"}
     bullets = []
     for family in ("ddpg", "sac"):
         parts = []
         for name, what in words.items():
             cell = f"{family}-{name}"
-            found = [number(iqm(x)) for env in BOTH if len(x := values(data, cell, env))]
+            samples = [values(data, cell, env) for env in BOTH]
+            found = " and ".join(number(iqm(x)) if len(x) else "?" for x in samples)
             made = " and ".join(dict.fromkeys(seeds(data, cell, env) for env in BOTH))
-            parts.append(f"{what} {' and '.join(found) or 'not run'} ({made} seeds)")
+            parts.append(f"{what} {found} ({made} seeds)")
         bullets.append(f"- **{family.upper()}** on {' and '.join(BOTH)}: {', '.join(parts)}.")
     return "\n".join(bullets)
 
@@ -329,7 +336,8 @@ def forum(data, known, figures):
             drawn[short(cell)] = found
     if drawn:
         dots(drawn, "return (steps of balance, at most 500)", figures / "forum.svg")
-    return picture("forum") + "\n\n" + table(["cell", "options", *MODES, "seeds"], rows)
+    shown = picture("forum", "returns of one policy in its modes")
+    return f"{shown}\n\n{table(['cell', 'options', *MODES, 'seeds'], rows)}"
 
 
 def landscape(file, figures):
@@ -346,20 +354,7 @@ def landscape(file, figures):
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2)
     save(figure, figures / "landscape.svg")
-    return picture("landscape")
-
-
-def picture(name):
-    """Return the line that shows a figure."""
-    words = {
-        "landscape": "mean Q by the size of actions, in either mode",
-        "forum": "returns of one policy in its modes",
-    }
-    if name in FIGURES:
-        _, _, envs, scalars = FIGURES[name]
-        units = [UNITS[scalar] for scalar in scalars.split()]
-        words[name] = f"{' and '.join(units)}, {' and '.join(envs)}"
-    return f"![{words[name]}](study/figures/{name}.svg)"
+    return picture("landscape", "mean Q by the size of actions, in either mode")
 
 
 def speed(folder):
@@ -375,6 +370,7 @@ def judged(claims, verdicts):
     for name, claim in claims.items():
         verdict, c, _ = verdicts[name]
         why = f"{c.env.split('/')[-1]}, `{c.words}`: {told(c.x)} against {told(c.y)}"
+        why += "" if np.isnan(c.p) or c.found == "open" else f", p {number(c.p)}"
         why = why if len(c.x) and len(c.y) else ""
         rows.append([f"{name}: {claim['says']}", claim["source"], verdict, why])
     return table(["claim", "who says it", "verdict", "in short"], rows)
@@ -391,14 +387,15 @@ def page(data, known, claims, verdicts):
             rule = "also: " * (not c.decides) + f"`{c.words}{by}`"
             sides = [c.rule.left, c.rule.right]
             made = [seeds(data, x, c.env) if x in known else "" for x in sides]
-            row = [name, rule, c.env.split("/")[-1], *made, told(c.x), told(c.y)]
+            found = ["", ""]
             if len(c.x) and len(c.y):
-                row += [with_ends(iqm(c.x) - iqm(c.y), c.ends()), number(c.chance())]
-            else:
-                row += ["", ""]
-            rows.append([*row, "" if c.found == "open" else number(c.p), c.found])
-    head = ["claim", "rule", "environment", "seeds left", "right", "left", "right", "difference"]
-    parts += ["## All comparisons", table([*head, "P(left > right)", "p", "found"], rows)]
+                found = [with_ends(iqm(c.x) - iqm(c.y), c.ends()), number(c.chance())]
+            p = "" if c.found == "open" else number(c.p)
+            row = [name, rule, c.env.split("/")[-1], *made, told(c.x), told(c.y)]
+            rows.append([*row, *found, p, c.found])
+    head = "claim", "rule", "environment", "seeds left", "seeds right", "left", "right"
+    head += "difference", "P(left > right)", "p", "found"
+    parts += ["## All comparisons", table(head, rows)]
     return "\n\n".join([*parts, "## All cells", all_cells(data, known)]) + "\n"
 
 
@@ -444,14 +441,16 @@ def make(study, figures, claim_figures=None):
         shown = [known[x].within(*envs) for x in every if x in known]
         levels = {"an ant that stands still": standing()} if name == "main" else {}
         draw(data, shown, scalars.split(), figures / f"{name}.svg", levels)
-        blocks[name] = picture(name)
+        units = " and ".join(UNITS[scalar] for scalar in scalars.split())
+        blocks[name] = picture(name, f"{units}, {' and '.join(envs)}")
     blocks["first"] += "\n\n" + returns(data, known, ["ddpg"], FIGURES["first"][1].split(), BOTH)
     ladder = returns(data, known, ["sac", "ddpg"], LADDER.split(), BOTH)
     blocks["ladder"] += "\n\n" + ladder
     ant = [cell for cell in known.values() if cell.family in FIGURES["main"][0].split()]
     made = sum(len(cell.runs()) for cell in ant) - missing(data, ant)
+    words = f"An ant that stands still earns {standing()} (dotted)"
     blocks["main"] += (
-        f"\n\nDotted: an ant that stands still earns {standing()}. {made} runs are made."
+        f"\n\n{words}; {made} of {sum(len(cell.runs()) for cell in ant)} runs are made."
     )
     blocks["claims"] = judged({k: v for k, v in claims.items() if k[0] in "FZ"}, verdicts)
     blocks["forum"] = forum(data, known, figures)

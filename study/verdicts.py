@@ -193,12 +193,11 @@ def compare(data, known, claim, words):
             scalar = metrics[0].split()[0]
             same = all(left[k][scalar].equals(right[k][scalar]) for k in left if k in right)
             c.found = "open" if is_open else "same" if same else "not the same"
-        elif rule.right not in known:
-            which = {1.0: "ahead", 0.0: "behind"}.get(c.chance(), "no difference")
-            c.found = "open" if is_open else which
-        else:  # an open one counts in the correction
+        elif rule.right in known:  # an open one counts in the correction
             c.p = 1.0 if is_open else p_value(c.x, c.y, c.paired)
             c.found = "open" if is_open else "to be tested"
+        elif not is_open:
+            c.found = {1.0: "ahead", 0.0: "behind"}.get(c.chance(), "no difference")
         found.append(c)
     return found
 
