@@ -53,8 +53,7 @@ can never show one. A return is the mean of the last five evaluations. Of `7 + 3
 of earlier commits, and count until new ones take their place.
 
 A claim holds if all its comparisons do, and is refuted if one is; while runs are missing it is
-open. `also` decides nothing; its comparisons are corrected among themselves.
-"""
+open. `also` decides nothing; its comparisons are corrected among themselves."""
 
 COLORS = {  # the first whose words stand in a cell's options; legible in light and in dark
     "batchrenorm": "#9467bd",
@@ -236,6 +235,7 @@ def dots(rows, xlabel, file):
 @functools.cache
 def standing():
     """Return what an ant earns that stands still, from the starts of an evaluation."""
+    gym.logger.min_level = gym.logger.ERROR  # it warns that v4 is not the newest
     env, total = gym.make(*ANT), 0.0
     for k in range(5):
         env.reset(seed=1_000_000 + k)
@@ -365,21 +365,21 @@ def speed(folder):
 
 
 def judged(claims, verdicts):
-    """Return the table of claims, with the comparison that decides, as far as it is made."""
+    """Return the table of claims: verdict, the comparison that decides first, and the note."""
     rows = []
     for name, claim in claims.items():
         verdict, c, _ = verdicts[name]
         why = f"{c.env.split('/')[-1]}, `{c.words}`: {told(c.x)} against {told(c.y)}"
         why += "" if np.isnan(c.p) or c.found == "open" else f", p {number(c.p)}"
         why = why if len(c.x) and len(c.y) else ""
-        rows.append([f"{name}: {claim['says']}", claim["source"], verdict, why])
+        found = ". ".join(x for x in (why, claim.get("note")) if x)
+        rows.append([f"{name}: {claim['says']}", claim["source"], verdict, found])
     return table(["claim", "who says it", "verdict", "in short"], rows)
 
 
 def page(data, known, claims, verdicts):
     """Return the text of CLAIMS.md."""
     parts, rows = [HEAD, judged(claims, verdicts)], []
-    parts += [f"{k}: {claim['note']}" for k, claim in claims.items() if "note" in claim]
     for name, (_, _, comparisons) in verdicts.items():
         for c in comparisons:
             default = claims[name].get("metric", RETURN)

@@ -20,8 +20,8 @@ KNOWN, TEN = cells.load()[1], np.arange(10.0)
 def rows(returns, cell="ddpg-none", env="Hopper-v4", seed=1):
     """Return the rows of a run with these returns, as they stand in a file."""
     about = {"cell": cell, "env": env, "seed": seed, "commit": "1e5", "norm/q_bias": -3.0}
-    more = [{"step": 10 * k, "eval/return": x, "wall_s": x + 1} for k, x in enumerate(returns, 1)]
-    return [about | row for row in more]
+    evals = enumerate(returns, 1)
+    return [about | {"step": 10 * k, "eval/return": x, "wall_s": x + 1} for k, x in evals]
 
 
 def run(returns):
@@ -29,18 +29,12 @@ def run(returns):
     return pd.DataFrame(rows(returns)).reindex(columns=collect.COLUMNS).assign(earlier=False)
 
 
-def runs(returns):
-    """Return runs of one evaluation each, by seed."""
-    return {seed: run([x]) for seed, x in enumerate(returns, 1)}
-
-
 @pytest.fixture
 def root(tmp_path):
     """Return a repository in which some runs were made, some of them by an earlier commit."""
     shutil.copytree(cells.ROOT / "study/speed", tmp_path / "study/speed")
-    for name in ("claims.toml", "landscape.csv", "published.csv"):
-        shutil.copy(cells.ROOT / "study" / name, tmp_path / "study")
-    for name in report.TEXTS:
+    files = "study/claims.toml", "study/landscape.csv", "study/published.csv", *report.TEXTS
+    for name in files:
         shutil.copy(cells.ROOT / name, tmp_path / name)
     for cell, env in itertools.product(("ddpg-none", "ddpg-naive"), KNOWN["ddpg-none"].envs):
         for seed, folder, level in ((1, "", 0), (1, "earlier", 7), (2, "earlier", 7)):
@@ -61,6 +55,7 @@ def test_what_is_out_of_date_is_told_and_figures_are_the_same_to_the_byte(root):
     assert len(text.splitlines()) < 300 and len(list((root / "study/figures").iterdir())) <= 12
     row = "| Z2 | `ddpg-naive < ddpg-none` | Hopper-v4 | 1 + 1e | 1 + 1e | 502 (500 to 504) |"
     assert f"{row} 452 (450 to 454) | 50 (46.5 to 53.5) | 1 |  | open |" in text
+    assert report.standing() == pytest.approx(1000, abs=5)  # an ant gets 1 a step for its health
     (root / "study/figures/first.svg").write_text("another")
     with pytest.raises(SystemExit, match=r"first\.svg is out of date: run python -m study.report"):
         report.main(report.Args(check=True, root=root))
@@ -87,10 +82,6 @@ def test_a_critic_in_train_mode_is_flat_to_its_actor(small, tmp_path):
     spans = seen.groupby([seen["options"].str.contains("pre"), "mode"])["q"].agg(np.ptp)
     assert spans[False, "train"] < 1e-4 * spans[False, "eval"]
     assert spans[True, "train"] > 1e-3 * spans[True, "eval"]
-
-
-def test_an_ant_that_stands_still_earns_one_a_step_for_being_healthy():
-    assert report.standing() == pytest.approx(1000, abs=5)
 
 
 def test_statistics_by_hand_and_by_scipy():
@@ -139,15 +130,15 @@ def test_a_curve_is_the_iqm_and_stays_at_the_last_value_of_a_run_that_diverged()
     _, ax = report.plt.subplots()
     some = [run([x, x]) for x in (0, 1, 2, 6)] + [run([100])]
     report.curve(ax, some, "eval/return", color="red", marker="")
-    (line,), (shade,) = ax.lines, ax.collections
-    assert line.get_xydata().tolist() == [[0.01, 3], [0.02, 3]]
-    low_high = shade.get_paths()[0].get_extents().intervaly
-    assert tuple(low_high) == verdicts.interval([0, 1, 2, 6, 100])
+    assert ax.lines[0].get_xydata().tolist() == [[0.01, 3], [0.02, 3]]
+    ends = tuple(ax.collections[0].get_paths()[0].get_extents().intervaly)
+    assert ends == verdicts.interval([0, 1, 2, 6, 100])
 
 
 LEVELS = {"none": 100, "naive": 50, "repair": 100.5}
-DATA = {(name, "Hopper-v4"): runs(level + TEN) for name, level in LEVELS.items()}
-SHORT = {x: KNOWN[f"ddpg-{x}"]._replace(name=x).within("Hopper-v4") for x in (*LEVELS, "recipe")}
+DATA = {(x, "Hopper-v4"): {k: run([y + k]) for k in range(10)} for x, y in LEVELS.items()}
+CELL = KNOWN["ddpg-none"]._replace(envs=("Hopper-v4",), seeds=range(10))
+SHORT = {x: CELL._replace(name=x) for x in (*LEVELS, "recipe")}
 PAIRED = "by eval/return last 1, wall_s last 1"  # 1 higher in each run
 RULES = {
     "holds": "naive < none; naive <= none; naive > 0.4*none; repair >= none; repair = none;"
@@ -168,11 +159,10 @@ def test_verdicts_follow_the_rules(verdict):
 
 def test_p_is_corrected_for_what_decides():
     """Four seeds against four have p 2 / 70, of which two comparisons make 0.057."""
-    known = {name: cell._replace(seeds=(1, 2, 3, 4)) for name, cell in SHORT.items()}
-    data = {key: {k: made[k] for k in (1, 2, 3, 4)} for key, made in DATA.items()}
-    claim = {"compare": ["naive < none"], "also": ["naive <= none"]}
-    verdict, _, found = verdicts.judge(data, known, claim)
+    known = {name: cell._replace(seeds=(0, 1, 2, 3)) for name, cell in SHORT.items()}
+    data = {key: {k: made[k] for k in range(4)} for key, made in DATA.items()}
+    one, two = ["naive < none"], ["naive <= none"]
+    verdict, _, found = verdicts.judge(data, known, {"compare": one, "also": two})
     assert verdict == "holds" and [c.p for c in found] == pytest.approx([2 / 70, 2 / 70])
-    claim = {"compare": ["naive < none", "naive <= none"]}
-    verdict, first, _ = verdicts.judge(data, known, claim)
+    verdict, first, _ = verdicts.judge(data, known, {"compare": one + two})
     assert verdict.startswith("no difference found") and first.p == pytest.approx(4 / 70)
