@@ -156,6 +156,7 @@ class Comparison:
 
     @property
     def paired(self):
+        """Return whether the same runs stand on both sides."""
         return self.rule.left == self.rule.right
 
     def ends(self):
@@ -187,29 +188,30 @@ def compare(data, known, claim, words):
         c = Comparison(words, rule, env, (metrics[0], metrics[-1]), x, y)
         if c.paired:
             c.x, c.y = x.align(y, join="inner")
-        is_open = missing(data, [side.within(env) for side in sides]) or x.empty or y.empty
-        if rule.relation == "same":
-            left, right = data.get((rule.left, env), {}), data.get((rule.right, env), {})
-            scalar = metrics[0].split()[0]
-            same = all(left[k][scalar].equals(right[k][scalar]) for k in left if k in right)
-            c.found = "open" if is_open else "same" if same else "not the same"
-        elif rule.right in known:  # an open one counts in the correction
-            c.p = 1.0 if is_open else p_value(c.x, c.y, c.paired)
-            c.found = "open" if is_open else "to be tested"
-        elif not is_open:
-            c.found = {1.0: "ahead", 0.0: "behind"}.get(c.chance(), "no difference")
         found.append(c)
+        has_test = rule.relation != "same" and rule.right in known
+        c.p = 1.0 if has_test else np.nan  # an open one counts in the correction
+        if missing(data, [side.within(env) for side in sides]) or c.x.empty or c.y.empty:
+            continue
+        if rule.relation == "same":
+            left, right, scalar = data[rule.left, env], data[rule.right, env], metrics[0].split()[0]
+            same = all(left[k][scalar].equals(right[k][scalar]) for k in left if k in right)
+            c.found = "same" if same else "not the same"
+        elif has_test:
+            c.p = p_value(c.x, c.y, c.paired)
+            c.found = "ahead" if c.chance() > 0.5 else "behind"
+        else:  # each seed against a number
+            c.found = {1.0: "ahead", 0.0: "behind"}.get(c.chance(), "no difference")
     return found
 
 
 def tested(comparisons):
-    """Correct the p-values of comparisons, and say what is found."""
+    """Correct the p-values of comparisons, and take back what they do not bear."""
     some = [c for c in comparisons if not np.isnan(c.p)]
     for c, p in zip(some, holm([c.p for c in some]), strict=True):
         c.p = p
-        if c.found != "open":
-            side = "ahead" if c.chance() > 0.5 else "behind"
-            c.found = side if p < 0.05 else "no difference"
+        if c.found != "open" and p >= 0.05:
+            c.found = "no difference"
     return comparisons
 
 
