@@ -2,36 +2,37 @@
 
 import csv
 import importlib
+import itertools
 import re
 import shlex
 
 import pytest
 import tyro
 
-from study.cells import BY_HAND, RESULTS, load, plain
+from study.cells import BY_HAND, RESULTS, load, parse, plain
+from study.collect import COLUMNS
 
 CLAIMS, CELLS = load()
+METRIC = r"(?P<a>\|?)(?P<scalar>\w+(/\w+)?) (last \d+|mean)(?P=a)|onset (?P<other>\w+/\w+)"
 
 
-def test_every_claim_says_all_that_a_verdict_needs():
-    names = [f"F{k}" for k in range(1, 7)] + [f"Z{k}" for k in range(1, 11) if k != 8]
-    assert list(CLAIMS) == names + [f"B{k}" for k in range(1, 22)]
-    for claim in CLAIMS.values():
-        assert {"source", "says", "metric", "compare"} <= claim.keys()
-        assert re.fullmatch(r"\w+/\w+ (last \d+|mean)", claim["metric"])
+def test_the_claims_are_those_of_the_forum_of_zeng_and_of_others():
+    counts = ("F", 6), ("Z", 10), ("B", 7), ("N", 5)
+    assert list(CLAIMS) == [f"{x}{k + 1}" for x, n in counts for k in range(n)]
 
 
 @pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
-def test_what_is_compared_is_run(claim):
-    for rule in claim["compare"] + claim.get("also", []):
-        if rule.startswith("order of onset: "):
-            continue
-        left, relation, right, *where = rule.split()
-        assert relation in ("<", "<=", "=", ">=", ">", "same") and left in CELLS, rule
-        assert right in CELLS or re.fullmatch(r"-?\d+(\.\d+)?", right), rule
-        envs = set(where[1:] or CELLS[left].envs)
-        assert where[:1] in ([], ["in"]) and envs <= set(CELLS[left].envs), rule
-        assert right not in CELLS or envs <= set(CELLS[right].envs), rule
+def test_what_is_compared_is_run_and_measured(claim):
+    keys = {"id", "source", "says", "compare"}
+    assert keys <= claim.keys() <= keys | {"metric", "also", "note"}
+    for rule in map(parse, claim["compare"] + claim.get("also", [])):
+        assert rule.relation in ("<", "<=", "=", ">=", ">", "same") and rule.left in CELLS, rule
+        assert rule.right in CELLS or re.fullmatch(r"-?\d+(\.\d+)?", rule.right), rule
+        sides = [set(CELLS[x].envs) for x in (rule.left, rule.right) if x in CELLS]
+        assert set(rule.envs) <= set.intersection(*sides) != set(), rule
+        for metric in rule.metrics or claim.get("metric", "eval/return last 5").split(", "):
+            match = re.fullmatch(METRIC, metric)
+            assert match and (match["scalar"] or match["other"]) in COLUMNS, metric
 
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
@@ -40,17 +41,18 @@ def test_the_options_of_a_cell_make_sense(cell):
     tyro.cli(importlib.import_module(cell.script).Args, args=cell.runs()[0].words())
 
 
-def test_every_result_is_of_a_cell():
+@pytest.mark.parametrize("folder", [RESULTS, RESULTS / "earlier"], ids=["new", "earlier"])
+def test_every_result_is_of_a_cell(folder):
     runs = [run for cell in CELLS.values() for run in cell.runs()]
-    files = {str(file.relative_to(RESULTS)) for file in RESULTS.glob("*/*")}
+    files = {str(file.relative_to(folder)) for file in folder.glob("*/*.csv")}
     assert files <= {f"{run.path()}.csv" for run in runs}
 
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 def test_results_were_made_with_the_options_of_their_cell(cell):
-    script = importlib.import_module(cell.script)
-    for run in cell.runs():
-        file = RESULTS / f"{run.path()}.csv"
+    script, folders = importlib.import_module(cell.script), (RESULTS, RESULTS / "earlier")
+    for run, folder in itertools.product(cell.runs(), folders):
+        file = folder / f"{run.path()}.csv"
         if file.exists():
             row = next(csv.DictReader(file.read_text().splitlines()))
             assert (row["cell"], row["env"], row["seed"]) == (cell.name, run.env, str(run.seed))

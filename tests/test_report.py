@@ -1,4 +1,4 @@
-"""The report: verdicts follow from numbers by the rules, and the README from the results."""
+"""The report: verdicts follow from numbers by the rules, and the texts from the results."""
 
 import itertools
 import shutil
@@ -10,28 +10,36 @@ import pytest
 import ddpg_bn
 from study import cells, collect, landscape
 
-pytest.importorskip("scipy")
-pytest.importorskip("matplotlib")
+pd = pytest.importorskip("pandas")
+stats = pytest.importorskip("scipy.stats")
 report = pytest.importorskip("study.report")
+verdicts = pytest.importorskip("study.verdicts")
+KNOWN, TEN = cells.load()[1], np.arange(10.0)
 
-CLAIM = {"id": "T1", "source": "nobody", "says": "Something.", "metric": "eval/return last 1"}
-LEVELS = {"ddpg-none": 100, "ddpg-batchnorm": 50, "ddpg-zfilter": 101}
+
+def rows(returns, cell="ddpg-none", env="Hopper-v4", seed=1):
+    """Return the rows of a run with these returns, as they stand in a file."""
+    about = {"cell": cell, "env": env, "seed": seed, "commit": "1e5", "norm/q_bias": -3.0}
+    evals = enumerate(returns, 1)
+    return [about | {"step": 10 * k, "eval/return": x, "wall_s": x + 1} for k, x in evals]
+
+
+def run(returns):
+    """Return the same as it is read from a file."""
+    return pd.DataFrame(rows(returns)).reindex(columns=collect.COLUMNS).assign(earlier=False)
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Return a repository in which some runs were made, one of which diverged."""
-    (tmp_path / "study").mkdir()
-    for name in report.TEXTS:
+    """Return a repository in which some runs were made, some of them by an earlier commit."""
+    shutil.copytree(cells.ROOT / "study/speed", tmp_path / "study/speed")
+    files = "study/claims.toml", "study/landscape.csv", "study/published.csv", *report.TEXTS
+    for name in files:
         shutil.copy(cells.ROOT / name, tmp_path / name)
-    shutil.copy(cells.CLAIMS, tmp_path / "study")
-    for name, level in LEVELS.items():
-        for run in cells.load()[1][name].runs():
-            about = {"cell": name, "env": run.env, "seed": run.seed, "diverged": 0}
-            rows = [about | {"step": k, "eval/return": level + run.seed + k} for k in (1, 2)]
-            if name == "ddpg-none" and run.seed == 1:
-                rows.append(about | {"step": 3, "diverged": 1})
-            collect.write(tmp_path / "study" / "results" / f"{run.path()}.csv", rows)
+    for cell, env in itertools.product(("ddpg-none", "ddpg-naive"), KNOWN["ddpg-none"].envs):
+        for seed, folder, level in ((1, "", 0), (1, "earlier", 7), (2, "earlier", 7)):
+            file = tmp_path / "study/results" / folder / cell / f"{env}-seed{seed}.csv"
+            collect.write(file, rows([0, 100 * len(cell) + level], cell, env, seed))
     return tmp_path
 
 
@@ -40,124 +48,121 @@ def test_texts_and_figures_tell_the_committed_results():
     report.main(report.Args(check=True))
 
 
-def test_what_is_out_of_date_is_told_and_mended_and_figures_are_the_same_to_the_byte(root):
-    for name in ("ddpg-crossnorm", "ddpg-joint", "ddpg-eval-policy-critic"):
-        shutil.copytree(root / "study/results/ddpg-none", root / "study/results" / name)
-    for file in (root / "study/results").glob("*/*"):
-        file.write_text(file.read_text().replace("ddpg-none", file.parent.name))
+def test_what_is_out_of_date_is_told_and_figures_are_the_same_to_the_byte(root):
     report.main(report.Args(root=root))
-    report.main(report.Args(check=True, root=root))  # draws it anew
-    assert "| holds | [figure](study/figures/Z6.svg) |" in (root / "README.md").read_text()
-    (root / "study" / "figures" / "Z6.svg").write_text("another")
-    with pytest.raises(SystemExit, match=r"Z6\.svg is out of date: run python -m study.report"):
+    report.main(report.Args(check=True, root=root))  # draws them anew
+    text = (root / "study/CLAIMS.md").read_text()
+    assert len(text.splitlines()) < 300 and len(list((root / "study/figures").iterdir())) <= 12
+    row = "| Z2 | `ddpg-naive < ddpg-none` | Hopper-v4 | 1 + 1e | 1 + 1e | 502 (500 to 504) |"
+    assert f"{row} 452 (450 to 454) | 50 (46.5 to 53.5) | 1 |  | open |" in text
+    assert report.standing() == pytest.approx(1000, abs=5)  # an ant gets 1 a step for its health
+    (root / "study/figures/first.svg").write_text("another")
+    with pytest.raises(SystemExit, match=r"first\.svg is out of date: run python -m study.report"):
         report.main(report.Args(check=True, root=root))
+
+
+def test_blocks_stand_between_their_markers():
+    text = "a\n<!-- x begin -->\nold\n<!-- x end -->\nb"
+    new = report.place(text, {"x": "![y](study/figures/x.svg)", "z": ""}, "study/FINDINGS.md")
+    assert new == text.replace("old", "![y](figures/x.svg)")
+    with pytest.raises(SystemExit, match=r"R asks for <!-- x begin -->, which is unknown"):
+        report.place(text, {}, "R")
+    with pytest.raises(SystemExit, match="a marker in R has no end"):
+        report.place(text.replace("x end", "y end"), {"x": ""}, "R")
 
 
 def test_a_critic_in_train_mode_is_flat_to_its_actor(small, tmp_path):
     """Whatever the action: with batch norm last, and not with batch norm before the activation."""
     options = {"norm": "batchnorm", "total_steps": 200, "env": "ShortPendulum-v0"}
     args = small(ddpg_bn, **options), small(ddpg_bn, norm_position=("pre",), **options)
-    runs = tuple(Path(ddpg_bn.train(x)["run_dir"]) for x in args)
-    landscape.main(landscape.Args("abc", runs, tmp_path / "landscape.csv"))
-    spans = {}
-    for row in report.read_rows(tmp_path / "landscape.csv"):
-        assert (row["env"], row["seed"], row["commit"]) == ("ShortPendulum-v0", "1", "abc")
-        spans.setdefault(("pre" in row["options"], row["mode"]), []).append(float(row["q"]))
-    assert {len(q) for q in spans.values()} == {41}
-    spans = {what: np.ptp(q) for what, q in spans.items()}
+    made = tuple(Path(ddpg_bn.train(x)["run_dir"]) for x in args)
+    landscape.main(landscape.Args("abc", made, tmp_path / "landscape.csv"))
+    seen = pd.read_csv(tmp_path / "landscape.csv")
+    assert len(seen.groupby(["env", "seed", "commit"])) == 1 and len(seen) == 4 * 41
+    spans = seen.groupby([seen["options"].str.contains("pre"), "mode"])["q"].agg(np.ptp)
     assert spans[False, "train"] < 1e-4 * spans[False, "eval"]
     assert spans[True, "train"] > 1e-3 * spans[True, "eval"]
-    words = report.landscape(tmp_path / "landscape.csv", tmp_path)
-    assert (tmp_path / "landscape.svg").exists() and "](study/figures/landscape.svg)" in words
 
 
-@pytest.mark.parametrize(
-    "relation, below, around, above",
-    [
-        ("<", "holds", "not decided", "refuted"),
-        ("<=", "holds", "holds", "refuted"),
-        ("=", "refuted", "holds", "refuted"),
-        (">=", "refuted", "holds", "holds"),
-        (">", "refuted", "not decided", "holds"),
-    ],
-)
-def test_verdicts_follow_the_rules(relation, below, around, above):
-    intervals = (-2, -1), (-1, 1), (1, 2)
-    assert [report.judge(relation, *x) for x in intervals] == [below, around, above]
-    assert [report.judge(relation, *x) for x in ((-1, 0), (0, 1))] == [around, around]  # they touch
-    assert report.judge(relation, np.nan, np.nan) == "not decided"
+def test_statistics_by_hand_and_by_scipy():
+    assert verdicts.iqm([0, 1, 2, 6, 100]) == 3
+    assert verdicts.iqm([9, 0, 1, 2, 3, 4, 5, 6, 7, 100]) == (2 + 3 + 4 + 5 + 6 + 7) / 6
+    x, y = [1.0, 2, 3, 4, 5], [3.5, 6, 7, 8, 9, 2.5]
+    assert verdicts.improvement(x, y) == (0 + 0 + 1 + 2 + 2) / 30
+    assert verdicts.p_value(x, y) == stats.mannwhitneyu(x, y, method="exact").pvalue
+    assert verdicts.p_value([1, 1, 2], [3, 3, 4]) == pytest.approx(2 / 20)  # of 20 splits, ties too
+    assert verdicts.p_value(TEN, TEN**2 + 1, paired=True) == pytest.approx(2 / 2**10)
+    assert verdicts.p_value(TEN, TEN, paired=True) == 1
+    corrected = verdicts.holm([0.01, 0.04, 0.03, 0.005])  # times 3, 1, 2, 4, and never falling
+    assert corrected == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-@pytest.mark.parametrize(
-    "rule, verdict",
-    [
-        ("ddpg-batchnorm < ddpg-none", "holds"),
-        ("ddpg-batchnorm > ddpg-none", "refuted"),
-        ("ddpg-zfilter > ddpg-none in Hopper-v4", "not decided"),
-        ("ddpg-none > 90", "holds"),
-        ("ddpg-none same ddpg-none", "holds"),
-        ("ddpg-none same ddpg-zfilter", "refuted"),
-    ],
-)
-def test_comparisons_of_runs(root, rule, verdict):
-    data = report.read(root / "study/results")
-    found = report.compare(data, cells.load()[1], CLAIM, rule)
-    assert [c.verdict for c in found] == [verdict] * len(found)
-    assert [c.env for c in found] == (rule.split()[4:] or ["HalfCheetah-v4", "Hopper-v4"])
-
-
-def test_a_run_that_diverged_counts_with_its_last_evaluation(root):
-    data = report.read(root / "study/results")
-    values = report.values(data, "ddpg-none", "Hopper-v4", "eval/return last 1")
-    assert values == [103, 104, 105]
-    assert report.values(data, "ddpg-none", "Hopper-v4", "eval/return mean")[0] == 102.5
-    claim = CLAIM | {"compare": ["ddpg-none > 90"]}
-    page, _ = report.claim_page(data, cells.load()[1], claim, root)
-    assert "| `ddpg-none` | Hopper-v4 | 104 (103 to 105) | 103, 104, 105 | 1 |" in page
-    data["ddpg-none", "Hopper-v4"][1][-1]["eval/return"] = "nan"  # it is what diverged
-    assert report.values(data, "ddpg-none", "Hopper-v4", "eval/return last 1") == values
-
-
-def test_the_onset_is_past_half_of_the_change_since_all_are_known():
-    x = ["100", "1", "1", "0", "-1", "-3", "-2"]
-    rows = [{"step": 10 * k, "x": v, "y": "1" if k else ""} for k, v in enumerate(x)]
-    assert report.onset(rows, "x", ("x", "y")) == 40
-    assert report.onset(rows, "x", ("x",)) == 10
-
-
-def test_a_curve_is_the_interquartile_mean_and_stays_at_the_last_value_of_a_run_that_diverged():
-    """Of 0, 1, 2, 6 and 100 it is 3, the median 2, the mean 21.8."""
-    returns = np.array([0.0, 1.0, 2.0, 6.0, 100.0])
-    rows = [{"step": "1000"}, {"step": "2000"}]
-    seeds = {k: [row | {"eval/return": str(x)} for row in rows] for k, x in enumerate(returns)}
-    seeds[3].pop()
-    data = {("ppo-none", "Hopper-v4"): seeds}
-    _, ax = report.plt.subplots()
-    report.curves(ax, data, {"ppo-none": "none"}, cells.load()[1], "Hopper-v4", "eval/return")
-    (line,), (shade,) = ax.lines, ax.collections
-    assert line.get_xydata().tolist() == [[1, 3], [2, 3]]
-    assert tuple(shade.get_paths()[0].get_extents().intervaly) == report.interval(returns)
-
-
-def test_a_verdict_waits_for_what_decides_it_only(root):
-    data, known = report.read(root / "study/results"), cells.load()[1]
-    claim = CLAIM | {"compare": ["ddpg-none > 90"], "also": ["ddpg-none > ddpg-pre"]}
-    page, row = report.claim_page(data, known, claim, root)
-    assert row[2] == "holds" and "6 of 12 runs are missing, which cannot change that" in page
-    assert "also:" not in page
-    claim["compare"], claim["also"] = ["ddpg-none > ddpg-pre"], ["ddpg-none > 90"]
-    page, row = report.claim_page(data, known, claim, root)
-    assert row[2] == "no verdict yet" and "**6 of 12 runs are missing**: `ddpg-pre` (6)." in page
-    claim["compare"].append("ddpg-batchnorm > ddpg-none")
-    page, row = report.claim_page(data, known, claim, root)
-    assert row[2] == "refuted" and "6 of 18 runs are missing, which cannot change that" in page
-
-
-def test_an_interval_hardly_depends_on_chance():
+def test_an_interval_is_that_of_all_resamples():
     """All 27 x 27 resamples of three seeds and three, the means of each."""
     x, y = [1.0, 20.0, 300.0], [7.0, 40.0, 90.0]
     means = [[np.mean(draw) for draw in itertools.product(z, repeat=3)] for z in (x, y)]
     every = np.sort(np.subtract.outer(*means).ravel())
-    low, high = report.interval(x, y)
-    assert every[int(0.023 * 729)] <= low <= every[int(0.027 * 729)]
-    assert every[int(0.973 * 729)] <= high <= every[int(0.977 * 729)]
+    low, high = verdicts.interval(x, y)
+    assert every[int(0.021 * 729)] <= low <= every[int(0.029 * 729)]
+    assert every[int(0.971 * 729)] <= high <= every[int(0.979 * 729)]
+    assert verdicts.interval(x, np.subtract(x, 5), paired=True) == (5, 5)
+
+
+def test_a_new_run_takes_the_place_of_an_earlier_one(root):
+    data = verdicts.read(root / "study/results")
+    found = verdicts.values(data, "ddpg-none", "Hopper-v4", "eval/return last 1")
+    assert found.to_dict() == {1: 900, 2: 907}
+    assert verdicts.missing(data, [KNOWN["ddpg-none"]]) == 16
+    (root / "study/results/ddpg-none/Hopper-v4-seed1.csv").write_text("")
+    with pytest.raises(SystemExit, match=r"Hopper-v4-seed1.csv holds no results"):
+        verdicts.read(root / "study/results")
+
+
+def test_metrics_of_a_run_that_diverged_are_those_before():
+    diverged = run([1, 2, 3, 4, 5, 6, np.nan])
+    metrics = "eval/return last 5", "|norm/q_bias last 5|", "eval/return mean", "onset eval/return"
+    assert [verdicts.value(diverged, metric) for metric in metrics] == [4, 3, 3.5, 40]
+    assert np.isnan(verdicts.value(diverged, "norm/stat_lag mean"))
+    assert np.isnan(verdicts.onset(run([1, 5, 1]), "eval/return"))  # no change from first to last
+
+
+def test_a_curve_is_the_iqm_and_stays_at_the_last_value_of_a_run_that_diverged():
+    _, ax = report.plt.subplots()
+    some = [run([x, x]) for x in (0, 1, 2, 6)] + [run([100])]
+    report.curve(ax, some, "eval/return", color="red", marker="")
+    assert ax.lines[0].get_xydata().tolist() == [[0.01, 3], [0.02, 3]]
+    ends = tuple(ax.collections[0].get_paths()[0].get_extents().intervaly)
+    assert ends == verdicts.interval([0, 1, 2, 6, 100])
+
+
+LEVELS = {"none": 100, "naive": 50, "repair": 100.5}
+DATA = {(x, "Hopper-v4"): {k: run([y + k]) for k in range(10)} for x, y in LEVELS.items()}
+CELL = KNOWN["ddpg-none"]._replace(envs=("Hopper-v4",), seeds=range(10))
+SHORT = {x: CELL._replace(name=x) for x in (*LEVELS, "recipe")}
+PAIRED = "by eval/return last 1, wall_s last 1"  # 1 higher in each run
+RULES = {
+    "holds": "naive < none; naive <= none; naive > 0.4*none; repair >= none; repair = none;"
+    f"none > 99; none same none; none < none {PAIRED}",
+    "refuted": "naive > none; naive >= none; naive = none; naive < 0.4*none; none > 109.5;"
+    f"none same naive; none > none {PAIRED}",
+    "no difference found, smaller than 3": "repair > none; repair < none",
+    "no difference found, smaller than 2.83": "none > 105",
+    "open (10 of 20 runs)": "recipe > none; recipe = none; none same recipe",
+}
+
+
+@pytest.mark.parametrize("verdict", RULES)
+def test_verdicts_follow_the_rules(verdict):
+    for rule in RULES[verdict].split(";"):
+        assert verdicts.judge(DATA, SHORT, {"compare": [rule]})[0].startswith(verdict), rule
+
+
+def test_p_is_corrected_for_what_decides():
+    """Four seeds against four have p 2 / 70, of which two comparisons make 0.057."""
+    known = {name: cell._replace(seeds=(0, 1, 2, 3)) for name, cell in SHORT.items()}
+    data = {key: {k: made[k] for k in range(4)} for key, made in DATA.items()}
+    one, two = ["naive < none"], ["naive <= none"]
+    verdict, _, found = verdicts.judge(data, known, {"compare": one, "also": two})
+    assert verdict == "holds" and [c.p for c in found] == pytest.approx([2 / 70, 2 / 70])
+    verdict, first, _ = verdicts.judge(data, known, {"compare": one + two})
+    assert verdict.startswith("no difference found") and first.p == pytest.approx(4 / 70)
