@@ -40,8 +40,7 @@ def panels(words, run_dir, args):
     obs, _ = env.reset(seed=1_000_000)  # as evaluation
     font, total, done = ImageFont.load_default(16), 0.0, False
     for _ in range(args.frames):
-        picture = Image.fromarray(env.render())
-        label = f"{words}\nreturn {total:.0f}"
+        picture, label = Image.fromarray(env.render()), f"{words}\nreturn {total:.0f}"
         ImageDraw.Draw(picture).text((8, 6), label, "white", font, stroke_width=1, stroke_fill=0)
         yield picture
         for _ in range(args.every):

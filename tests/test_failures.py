@@ -32,9 +32,10 @@ def test_a_mistake_shows_its_symptom(failure, tmp_path, monkeypatch):
 def test_each_is_listed_written_and_explained(tmp_path):
     def shown(*words):
         command = [sys.executable, ROOT / "tests/failures.py", *map(str, words)]
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True).stdout.decode()
+        return subprocess.check_output(command, cwd=tmp_path, text=True)
 
-    assert all(failure.symptom in shown() for failure in FAILURES)
-    assert FAILURES[2].why in shown(3, "why") and FAILURES[2].met in shown(3, "why")
+    listed, explained = shown(), shown(3, "why")
+    assert all(failure.symptom in listed for failure in FAILURES)
+    assert FAILURES[2].why in explained and FAILURES[2].met in explained
     assert FAILURES[2].symptom in shown(3)
     assert (tmp_path / "broken.py").read_text() == broken(FAILURES[2])
