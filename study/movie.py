@@ -21,14 +21,14 @@ PANELS = {  # words: cell
     "recipe + weight norm": "ddpg-recipe-wn",
 }
 RUNS = tuple(cells.ROOT / cells.RUNS / name / "HalfCheetah-v4-seed1" for name in PANELS.values())
-WIDTH, HEIGHT, COLORS, LIMIT = 240, 180, 48, 3_000_000  # of a panel, of the file, its bytes
+WIDTH, HEIGHT, COLORS, LIMIT = 240, 180, 32, 3_000_000  # of a panel, of the file, its bytes
 
 
 @dataclass
 class Args:
     runs: tuple[Path, ...] = RUNS  # finished runs: none, naive, repair, recipe with weight norm
     file: Path = cells.ROOT / "study/figures/cheetahs.gif"  # what is written
-    frames: int = 150  # of the film
+    frames: int = 125  # of the film
     every: int = 2  # steps of the environment from frame to frame
 
 
