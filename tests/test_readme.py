@@ -21,7 +21,7 @@ COMMANDS = dict.fromkeys(re.findall(r"python (\w+_bn\.py (?!--help)[^`\n#>|]*)",
 
 
 def test_it_is_short():
-    assert len(README.splitlines()) <= 200 and len(README.encode()) <= 14_000
+    assert len(README.splitlines()) <= 200 and len(README.encode()) <= 14 * 1024
     assert README.count("![") <= 4
     assert len(re.findall(r"^\|[ |:-]+\|$", README, re.MULTILINE)) <= 5
     assert len((ROOT / "study/FINDINGS.md").read_text().splitlines()) < 300
