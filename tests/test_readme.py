@@ -83,7 +83,6 @@ def test_a_policy_is_used_elsewhere_as_shown(small, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_run(command, tmp_path):
-    """Cut short: a few updates, and one evaluation."""
     words = shlex.split(re.sub(r"--(total-steps|eval-every) \d+", "", command))
     words += ["--eval-every", "0", "--eval-episodes", "1", "--run-dir", str(tmp_path / "run")]
     short = "4096" if words[0] == "reinforce_bn.py" else "60 --learning-starts 50"
