@@ -35,7 +35,7 @@ from study.verdicts import (
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-TEXTS = "README.md", "study/FINDINGS.md"
+TEXTS = "README.md", "study/FINDINGS.md", "study/SPEED.md"
 BOTH, HOPPER, ANT = ("HalfCheetah-v4", "Hopper-v4"), ("Hopper-v4",), ("Ant-v4",)
 
 HEAD = f"""# The claims

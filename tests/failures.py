@@ -2,6 +2,7 @@
 
 python tests/failures.py           lists the symptoms
 python tests/failures.py 3         writes broken.py, a script with mistake 3 in it
+python tests/failures.py 3 why     says what mistake 3 is, and who met it
 
 Each mistake is one edit, somebody met it or its sibling in public, and test_failures.py asserts its
 symptom, or what causes it: the broken script has it, the script as it is has not.
@@ -254,6 +255,9 @@ if __name__ == "__main__":
             print(f"{number:>2} {failure.script}.py: {failure.symptom}")
     elif sys.argv[1] not in numbers:
         sys.exit(f"failures.py: {sys.argv[1]} is none of the mistakes: choose 1 to {numbers[-1]}")
+    elif sys.argv[2:] == ["why"]:
+        failure = FAILURES[int(sys.argv[1]) - 1]
+        print(f"{failure.why}\nMet in {failure.met}")
     else:
         failure = FAILURES[int(sys.argv[1]) - 1]
         Path("broken.py").write_text(broken(failure))

@@ -229,10 +229,3 @@ def test_markers_have_the_agreed_form(script):
         if "NORM" in line.replace("the word NORM", "") and line.strip() != "# NORM end":
             match = re.search(r"# NORM (begin: )?(\w+): \S+", line)
             assert match and match[2] in KINDS, (number, line)
-
-
-def test_the_readme_explains_each_kind_of_marker_and_shows_a_function_as_it_is():
-    readme = (ROOT / "README.md").read_text()
-    assert re.findall(r"^\| `(\w+)` \| [^|]+ \|$", readme, re.MULTILINE) == list(KINDS)
-    shown, *_ = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert shown.startswith("def actor_loss") and shown in (ROOT / "ddpg_bn.py").read_text()

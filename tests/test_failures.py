@@ -1,6 +1,7 @@
-"""Each known mistake shows its symptom, and the script as it is does not; the README lists them."""
+"""Each known mistake shows its symptom, and the script as it is does not."""
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,8 +29,13 @@ def test_a_mistake_shows_its_symptom(failure, tmp_path, monkeypatch):
         assert failure.shows(module, tmp_path) == expected
 
 
-def test_the_readme_lists_them():
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    for failure in FAILURES:
-        for words in (failure.symptom, failure.why, failure.met):
-            assert words in readme, words
+def test_each_is_listed_written_and_explained(tmp_path):
+    def shown(*words):
+        command = [sys.executable, ROOT / "tests/failures.py", *map(str, words)]
+        return subprocess.check_output(command, cwd=tmp_path, text=True)
+
+    listed, explained = shown(), shown(3, "why")
+    assert all(failure.symptom in listed for failure in FAILURES)
+    assert FAILURES[2].why in explained and FAILURES[2].met in explained
+    assert FAILURES[2].symptom in shown(3)
+    assert (tmp_path / "broken.py").read_text() == broken(FAILURES[2])

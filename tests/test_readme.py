@@ -1,0 +1,90 @@
+"""The README and the pages behind it: short, alive, true of the scripts; their commands run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import unmeasured
+from test_cli import KINDS
+
+import ddpg_bn
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = {file: file.read_text() for file in (ROOT / "README.md", *ROOT.glob("study/*.md"))}
+WRITTEN = [file for file in PAGES if file.name != "CLAIMS.md"]  # which is generated as a whole
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+COMMANDS = dict.fromkeys(re.findall(r"python (\w+_bn\.py (?!--help)[^`\n#>|]*)", README))
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 200 and len(README.encode()) <= 14 * 1024
+    assert README.count("![") <= 4
+    assert len(re.findall(r"^\|[ |:-]+\|$", README, re.MULTILINE)) <= 5
+    assert len((ROOT / "study/FINDINGS.md").read_text().splitlines()) < 300
+
+
+def test_the_first_two_commands_are_one_line_each_and_ci_runs_the_second_as_it_stands():
+    (_, job), (_, tests) = [block for block in BLOCKS if block[0] == "bash"][:2]
+    install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
+    assert job == f"{install}python ddpg_bn.py --norm batchnorm --env Ant-v4\n"
+    assert tests == f"{install}python -m pytest -q\n"
+    (awk,) = re.findall(r"^awk '(.*)' README.md", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    assert subprocess.check_output(["awk", awk, ROOT / "README.md"], text=True) == tests
+
+
+def test_the_listing_is_cut_from_the_script():
+    (listing,) = [text for language, text in BLOCKS if language == "python"]
+    assert len(listing.splitlines()) <= 25
+    script = iter(line.strip() for line in (ROOT / "ddpg_bn.py").read_text().splitlines())
+    for line in map(str.strip, listing.splitlines()):
+        name = re.fullmatch(r"# (\w+): .+", line)
+        wanted = f"def {name[1]}(" if name else line
+        assert any(x.startswith(wanted) if name else x == wanted for x in script), line
+
+
+def test_it_names_each_kind_of_marker():
+    assert re.findall(r"`(\w+)`", re.search(r"Kinds are ([^.]+)\.", README)[1]) == list(KINDS)
+
+
+def anchors(text):
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_are_alive(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if not link.startswith("http"):
+            path, _, anchor = link.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            assert file.exists(), link
+            assert not anchor or anchor in anchors(file.read_text()), link
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_sentences_are_short(page):
+    """None has three commas or two semicolons; but for code, tables, generated text."""
+    text = re.sub(r"```.*?```|<!-- (\S+) begin -->.*?<!-- \1 end -->", "", PAGES[page], flags=re.S)
+    text = re.sub(r"^\|.*$|`[^`]*`,?|\([^()]*\)", "", text, flags=re.MULTILINE)
+    for sentence in re.split(r"[.!?]\W*\s|\n\n|\n[-#]", text):
+        assert sentence.count(",") < 3 and sentence.count(";") < 2, sentence
+
+
+def test_a_policy_is_used_elsewhere_as_shown(small, monkeypatch):
+    (shown,) = re.findall(r"```python\n(.*?)```", (ROOT / "study/USE.md").read_text(), re.DOTALL)
+    run = ddpg_bn.train(small(ddpg_bn, norm="zfilter", total_steps=150))["run_dir"]
+    exec(shown.replace("RUN", run), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(command, tmp_path):
+    words = shlex.split(re.sub(r"--(total-steps|eval-every) \d+", "", command))
+    words += ["--eval-every", "0", "--eval-episodes", "1", "--run-dir", str(tmp_path / "run")]
+    short = "4096" if words[0] == "reinforce_bn.py" else "60 --learning-starts 50"
+    words += ["--total-steps", *short.split()]
+    subprocess.run([sys.executable, *words], cwd=ROOT, env=unmeasured(), check=True)
