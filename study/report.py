@@ -193,9 +193,8 @@ def draw(data, shown, scalars, file, levels=None):
 
     levels: {words: height} of dotted lines.
     """
-    panels = list(
-        dict.fromkeys((x.script, env, s) for x in shown for env in x.envs for s in scalars)
-    )
+    made = [(x.script, env) for x in shown for env in x.envs if (x.name, env) in data]
+    panels = list(dict.fromkeys((*x, scalar) for x in made for scalar in scalars))
     columns = 3 if len(panels) in (3, 5, 6) else 2
     rows = -(-len(panels) // columns)
     figure = plt.figure(figsize=(5 * columns, 3.8 * rows + 0.6), layout="constrained")
@@ -279,31 +278,40 @@ def picture(name, words):
 
 def answer(data):
     """Return a sentence for DDPG and one for SAC: returns without and with batch norm."""
-    words = {"none": "no layers", "naive": "naive batch norm", "repair": "repaired"}
-    words |= {"recipe-wn": "recipe and weight norm"}
+    words = {"none": "no layers", "naive": "naive", "repair": "one line repaired"}
+    words |= {"recipe": "recipe", "recipe-wn": "with weight norm"}
     bullets = []
     for family in ("ddpg", "sac"):
-        parts = []
+        parts, counts = [], []
         for name, what in words.items():
-            cell = f"{family}-{name}"
-            samples = [values(data, cell, env) for env in BOTH]
-            found = " and ".join(number(iqm(x)) if len(x) else "?" for x in samples)
-            made = " and ".join(dict.fromkeys(seeds(data, cell, env) for env in BOTH))
-            parts.append(f"{what} {found} ({made} seeds)")
-        bullets.append(f"- **{family.upper()}** on {' and '.join(BOTH)}: {', '.join(parts)}.")
+            samples = [values(data, f"{family}-{name}", env) for env in BOTH]
+            found = " / ".join(number(iqm(x)) if len(x) else "not run" for x in samples)
+            parts.append(f"{what} {found}")
+            counts += map(len, samples)
+        bullets.append(f"- **{family.upper()}**: {', '.join(parts)} ({span(counts)} seeds).")
     return "\n".join(bullets)
+
+
+def span(counts):
+    """Return the smallest and the largest of some counts, in words."""
+    return " to ".join(str(n) for n in dict.fromkeys((min(counts), max(counts)))) if counts else "0"
 
 
 def returns(data, known, families, names, envs):
     """Return the table of returns of cells, a row for each name that a family has."""
     columns = [(family, env) for family in families for env in envs]
-    head = ["cell", "options", *(f"{family}, {env}" for family, env in columns), "seeds"]
-    rows = []
+    head = ["name", "options", *(f"{family.upper()}, {env}" for family, env in columns), "seeds"]
+    rows, above = [], ""
     for name in names:
         of = [known[x] for family in families if (x := f"{family}-{name}") in known]
-        found = [told(values(data, f"{family}-{name}", env)) for family, env in columns]
-        made = [seeds(data, f"{family}-{name}", env) for family, env in columns]
-        rows.append([name, f"`{typed(of[0].options)}`", *found, ", ".join(made)])
+        options = of[0].options
+        adds = "--norm" in above and options.startswith(above)
+        words = f"`+{options.removeprefix(above)}`" if adds else f"`{typed(options)}`"
+        if name == "crossq":
+            words = "CrossQ, as [CLAIMS.md](study/CLAIMS.md) has it"
+        samples = [values(data, f"{family}-{name}", env) for family, env in columns]
+        rows.append([name, words, *map(told, samples), span([len(x) for x in samples if len(x)])])
+        above = options
     return table(head, rows)
 
 
@@ -369,9 +377,11 @@ def judged(claims, verdicts):
     rows = []
     for name, claim in claims.items():
         verdict, c, _ = verdicts[name]
-        why = f"{c.env.split('/')[-1]}, `{c.words}`: {told(c.x)} against {told(c.y)}"
-        why += "" if np.isnan(c.p) or c.found == "open" else f", p {number(c.p)}"
-        why = why if len(c.x) and len(c.y) else ""
+        sides = c.rule.left, c.rule.right if c.rule.right[0].isalpha() else "of"
+        if c.paired:
+            sides = (metric.split()[0] for metric in c.metrics)
+        parts = [f"{x} {number(iqm(y))}" for x, y in zip(sides, (c.x, c.y), strict=True) if len(y)]
+        why = f"{c.env.split('/')[-1]}: {', '.join(dict.fromkeys(parts))}" if parts else ""
         found = ". ".join(x for x in (why, claim.get("note")) if x)
         rows.append([f"{name}: {claim['says']}", claim["source"], verdict, found])
     return table(["claim", "who says it", "verdict", "in short"], rows)
@@ -444,14 +454,11 @@ def make(study, figures, claim_figures=None):
         units = " and ".join(UNITS[scalar] for scalar in scalars.split())
         blocks[name] = picture(name, f"{units}, {' and '.join(envs)}")
     blocks["first"] += "\n\n" + returns(data, known, ["ddpg"], FIGURES["first"][1].split(), BOTH)
-    ladder = returns(data, known, ["sac", "ddpg"], LADDER.split(), BOTH)
-    blocks["ladder"] += "\n\n" + ladder
+    blocks["ladder"] += "\n\n" + returns(data, known, ["sac", "ddpg"], LADDER.split(), BOTH)
     ant = [cell for cell in known.values() if cell.family in FIGURES["main"][0].split()]
-    made = sum(len(cell.runs()) for cell in ant) - missing(data, ant)
-    words = f"An ant that stands still earns {standing()} (dotted)"
-    blocks["main"] += (
-        f"\n\n{words}; {made} of {sum(len(cell.runs()) for cell in ant)} runs are made."
-    )
+    asked = sum(len(cell.runs()) for cell in ant)
+    words = f"{asked - missing(data, ant)} of {asked} runs are made."
+    blocks["main"] += f"\n\nAn ant that stands still earns {standing()} (dotted); {words}"
     blocks["claims"] = judged({k: v for k, v in claims.items() if k[0] in "FZ"}, verdicts)
     blocks["forum"] = forum(data, known, figures)
     blocks["landscape"] = landscape(study / "landscape.csv", figures)

@@ -244,7 +244,7 @@ def choose(args):
     # family by family as in the file, seed by seed, so that comparisons fill evenly
     order = list(dict.fromkeys(cell.family for cell in known.values()))
     every = [run for cell in chosen for run in cell.runs()]
-    every.sort(key=lambda run: (order.index(run.cell.family), run.seed))
+    every.sort(key=lambda x: (order.index(x.cell.family), x.seed, x.cell.envs.index(x.env)))
     runs = {str(run.path()): run._replace(cell=known[run.cell.name]) for run in every}
     return [run for name, run in runs.items() if not (args.results / f"{name}.csv").exists()], known
 

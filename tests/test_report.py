@@ -147,7 +147,7 @@ RULES = {
     f"none same naive; none > none {PAIRED}",
     "no difference found, smaller than 3": "repair > none; repair < none",
     "no difference found, smaller than 2.83": "none > 105",
-    "open (10 of 20 runs)": "recipe > none; recipe = none; none same recipe",
+    "open, 10 of 20 runs": "recipe > none; recipe = none; none same recipe",
 }
 
 
