@@ -96,15 +96,17 @@ def load(file=CLAIMS):
     """Return ({id: claim}, {name: Cell}) of a file of claims."""
     data = tomllib.loads(Path(file).read_text())
     cells = {}
-    for family, about in data["family"].items():
+    for family, changes in data["family"].items():
+        about = data.get("default", {}) | changes
         prefix = about.get("prefix", family)
-        script = about["script"].removesuffix(".py").replace("/", ".")
+        script = about.get("script", f"{family.split('-')[0]}_bn").replace("/", ".")
+        script = script.removesuffix(".py")
         envs, seeds = tuple(about["envs"]), tuple(range(1, about["seeds"] + 1))
-        for name, options in about["cells"].items():
+        for name, options in about.get("cells", {"": ""}).items():
             cell = "-".join(filter(None, (prefix, name)))
             options = f"{about['options']} {options}".strip()
             cells[cell] = Cell(cell, prefix, script, envs, about["steps"], seeds, options)
-    return {claim["id"]: claim for claim in data.get("claim", [])}, cells
+    return data.get("claim", {}), cells
 
 
 def cells_of(claim, cells):

@@ -23,7 +23,7 @@ def test_the_claims_are_those_of_the_forum_of_zeng_and_of_others():
 
 @pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
 def test_what_is_compared_is_run_and_measured(claim):
-    keys = {"id", "source", "says", "compare"}
+    keys = {"source", "says", "compare"}
     assert keys <= claim.keys() <= keys | {"metric", "also", "note"}
     for rule in map(parse, claim["compare"] + claim.get("also", [])):
         assert rule.relation in ("<", "<=", "=", ">=", ">", "same") and rule.left in CELLS, rule
