@@ -93,13 +93,6 @@ def statistics_never_move(script, folder):
     return not any(b.any() for name, b in agent.actor.named_buffers() if "running_mean" in name)
 
 
-def statistics_move_without_learning(script, folder):
-    agent, args, batch = agent_of(script, norm="batchnorm")
-    before = [b.clone() for b in agent.actor.buffers()]
-    script.critic_loss(agent, script.Batch(*batch), args)
-    return any(not torch.equal(a, b) for a, b in zip(before, agent.actor.buffers(), strict=True))
-
-
 def evaluation_is_counted(script, folder):
     agent, args, _ = agent_of(script, norm="zfilter", eval_episodes=1)
     agent.obs_stat.push(np.zeros((2, 3)))
@@ -119,12 +112,6 @@ def restored_policy_differs(script, folder):
     script.evaluate = lambda agent, *_: seen.append(agent.obs_filter.stat.count) or ([0.0], {})
     script.train(script.saved_args(result["run_dir"]))  # which has only this left to do
     return seen == [0]
-
-
-def time_outs_are_deaths(script, folder):
-    _, agent = run(script, folder, env="Countdown-v0", total_steps=200)
-    obs, _, _, _, terminated = agent["buffer"]["data"]
-    return bool((terminated[obs[:, 0] == 7] == 1).any())  # the step that the limit cuts
 
 
 def ratio_is_not_one(script, folder):
@@ -187,16 +174,6 @@ FAILURES = [
         statistics_never_move,
     ),
     Failure(
-        "The actor's running statistics move even while --policy-delay keeps the actor still.",
-        "sac_bn",
-        "agent.actor.eval()  # NORM mode: a'",
-        "agent.actor.train()  # NORM mode: a'",
-        "a' for the target is drawn in train mode: without gradient, but every pass in train mode"
-        " moves statistics, here toward those of the next states.",
-        f"{SB3}/pull/553",
-        statistics_move_without_learning,
-    ),
-    Failure(
         "The count in obs_stats.npz is larger than the number of observations in training, and the"
         " numbers of a run depend on --eval-every.",
         "ddpg_bn",
@@ -225,16 +202,6 @@ FAILURES = [
         "Weights come back, the statistics that they were learnt with do not.",
         "https://github.com/hill-a/stable-baselines/issues/228",
         restored_policy_differs,
-    ),
-    Failure(
-        "In an environment that ends by its time limit only, the replay holds states of death, and"
-        " Q stays below the return.",
-        "ddpg_bn",
-        "buffer.add(obs, action, reward, next_obs, terminated)",
-        "buffer.add(obs, action, reward, next_obs, terminated or truncated)",
-        "A time-out is taken for a death, so that the target is the last reward alone.",
-        "https://github.com/openai/baselines/issues/436",
-        time_outs_are_deaths,
     ),
     Failure(
         "With --norm zfilter `norm/first_ratio` is not 0, although the network has no batch norm.",

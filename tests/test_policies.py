@@ -1,20 +1,15 @@
 """A policy outside its run: in another program, and as a video."""
 
-import ctypes.util
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, unmeasured
+from conftest import checkpoint
 from moviepy import VideoFileClip
-from PIL import Image
 
-import ddpg_bn
 import ppo_bn
 
 
@@ -41,18 +36,6 @@ def test_a_finished_run_shows_its_policy(small):
     (video, *_) = sorted(Path(args.run_dir, "videos").glob("*.mp4"))
     with VideoFileClip(str(video)) as clip:
         assert clip.duration > 0.1 and clip.get_frame(0).shape == (400, 600, 3)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not ctypes.util.find_library("OSMesa"), reason="needs libosmesa6")
-def test_a_film_shows_four_policies(small, tmp_path):
-    run = ddpg_bn.train(small(ddpg_bn, env="HalfCheetah-v4", max_episode_steps=50))["run_dir"]
-    film = tmp_path / "film.gif"
-    words = f"-m study.movie --frames 3 --file {film} --runs {run} {run} {run} {run}".split()
-    where = {"cwd": Path(ddpg_bn.__file__).parent, "env": unmeasured(MUJOCO_GL="osmesa")}
-    subprocess.run([sys.executable, *words], check=True, **where)
-    with Image.open(film) as image:
-        assert (image.n_frames, image.size) == (3, (960, 180))
 
 
 def test_the_faster_products_are_those_of_float32():

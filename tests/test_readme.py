@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 from conftest import unmeasured
-from test_cli import KINDS
 
 import ddpg_bn
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = {file: file.read_text() for file in (ROOT / "README.md", *ROOT.glob("study/*.md"))}
-WRITTEN = [file for file in PAGES if file.name != "CLAIMS.md"]  # which is generated as a whole
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = dict.fromkeys(re.findall(r"python (\w+_bn\.py (?!--help)[^`\n#>|]*)", README))
 
@@ -46,10 +44,6 @@ def test_the_listing_is_cut_from_the_script():
         assert any(x.startswith(wanted) if name else x == wanted for x in script), line
 
 
-def test_it_names_each_kind_of_marker():
-    assert re.findall(r"`(\w+)`", re.search(r"Kinds are ([^.]+)\.", README)[1]) == list(KINDS)
-
-
 def anchors(text):
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -63,15 +57,6 @@ def test_links_are_alive(page):
             file = (page.parent / path).resolve() if path else page
             assert file.exists(), link
             assert not anchor or anchor in anchors(file.read_text()), link
-
-
-@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
-def test_sentences_are_short(page):
-    """None has three commas or two semicolons; but for code, tables, generated text."""
-    text = re.sub(r"```.*?```|<!-- (\S+) begin -->.*?<!-- \1 end -->", "", PAGES[page], flags=re.S)
-    text = re.sub(r"^\|.*$|`[^`]*`,?|\([^()]*\)", "", text, flags=re.MULTILINE)
-    for sentence in re.split(r"[.!?]\W*\s|\n\n|\n[-#]", text):
-        assert sentence.count(",") < 3 and sentence.count(";") < 2, sentence
 
 
 def test_a_policy_is_used_elsewhere_as_shown(small, monkeypatch):

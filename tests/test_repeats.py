@@ -22,6 +22,8 @@ def test_another_program_another_folder_and_evaluations_change_no_bit(script, tm
     subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
     module, run_dir = importlib.import_module(script), tmp_path / "other"
     module.train(replace(module.Args(**options(script, eval_every=0)), run_dir=str(run_dir)))
+    another = replace(module.Args(**options(script)), seed=99, run_dir=str(tmp_path / "another"))
+    assert module.train(another)["eval"][-1] != checkpoint(run_dir)["progress"][2][-1]
     ends = [checkpoint(folder) for folder in (tmp_path / "run", run_dir)]
     assert all(same(ends[0][name], ends[1][name]) for name in ("agent", "random", "torch"))
     (step, updates, many), (*progress, one) = (end["progress"] for end in ends)
