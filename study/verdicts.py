@@ -251,3 +251,19 @@ def number(x):
     if not np.isfinite(x):
         return ""
     return f"{x:.0f}" if abs(x) >= 100 or x == int(x) else f"{x:.3g}"
+
+
+def told(x):
+    """Return the IQM of values and its interval in words; nothing of no values."""
+    return with_ends(iqm(x), interval(x)) if len(x) else ""
+
+
+def with_ends(x, ends):
+    """Return a number and its interval in words."""
+    low, high = map(number, ends)
+    return f"{number(x)} ({low} to {high})" if low != high else number(x)
+
+
+def span(counts):
+    """Return the smallest and the largest of some counts, in words."""
+    return " to ".join(str(n) for n in dict.fromkeys((min(counts), max(counts)))) if counts else "0"
