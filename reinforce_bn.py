@@ -349,6 +349,7 @@ def make_agent(env, args, device):
 
 def train(args):
     """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
+    torch.set_num_threads(1)  # more gain small networks little, and lose much on busy cores
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     seeds = [int(x) for x in np.random.SeedSequence(args.seed).generate_state(2 + args.num_envs)]
     torch.manual_seed(seeds[0])

@@ -431,6 +431,7 @@ def make_agent(env, args, device):
 
 def train(args):
     """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
+    torch.set_num_threads(1)  # more gain small networks little, and lose much on busy cores
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     cpu = torch.cpu.get_capabilities()
     if cpu.get("avx512_f") and not cpu.get("amx_tile"):

@@ -5,8 +5,8 @@ Off-policy: 256 x 256, batch 256, one update a step. PPO: 64 x 64, 16 environmen
 episodes. Each cell is a short run of a script's own train(), timed between updates, so acting,
 environment, replay and learning are in it, start and evaluation are not, and logging is in PPO's
 only (off-policy it comes every thousand steps). Cells alternate and repeat, and study/speed keeps
-each repetition. On Linux the process keeps to as many cores as --threads says, which JAX would not
-do by itself.
+each repetition. On Linux the process keeps to one core, as the scripts keep to one thread, which
+JAX would not do by itself.
 
 The floor is the time of the environment's steps and of the bare matrix products of the updates, of
 the same shapes, one after the other in the same process.
@@ -52,12 +52,11 @@ GRADIENT_STEPS = 10 * 32  # PPO's in an update
 @dataclass
 class Args:
     # see the functions of these names
-    what: tuple[Literal["speed", "shares", "growth", "pair", "inductor"], ...] = ("speed",)
+    what: tuple[Literal["speed", "shares", "growth", "pair"], ...] = ("speed",)
     env: tuple[str, ...] = ("HalfCheetah-v4", "Ant-v4")  # Gymnasium ids
     script: tuple[Literal["ddpg_bn", "sac_bn", "ppo_bn"], ...] = ("ddpg_bn", "sac_bn", "ppo_bn")
     repeat: int = 5  # repetitions of each cell
     updates: int = 300  # updates in a repetition; PPO: three rollouts
-    threads: int = 1  # of torch, and cores of the process
 
 
 @contextlib.contextmanager
@@ -213,12 +212,12 @@ def speed(args):
             result = measure()
             if result:
                 what = dict(zip(("env", "script", "what"), key, strict=True))
-                what |= {"threads": args.threads, "repetition": k + 1}
+                what["repetition"] = k + 1
                 sps, ms = (f"{x:.5g}" for x in result)
                 rows.append(about | what | {"steps_per_s": sps, "ms_per_update": ms})
     print(file=sys.stderr)
     for env in args.env:
-        file = SPEED / f"{env}-{args.threads}-threads.csv"
+        file = SPEED / f"{env}.csv"
         old = csv.DictReader(file.read_text().splitlines()) if file.exists() else []
         kept = [row for row in old if row["script"] not in args.script]
         write(file, kept + [row for row in rows if row["env"] == env], tuple(rows[0]))
@@ -233,20 +232,20 @@ def table(rows):
     """
     found = {}
     for row in rows:
-        place = found.setdefault((row["env"], row["script"], row["threads"]), {})
+        place = found.setdefault((row["env"], row["script"]), {})
         numbers = float(row["steps_per_s"]), float(row["ms_per_update"])
         place.setdefault(row["what"], []).append(numbers)
-    head = ["environment", "script", "threads", "steps a second", "ms an update", "of the floor"]
+    head = ["environment", "script", "steps a second", "ms an update", "of the floor"]
     head += [f"{norm} takes" for norm in NORMS[1:]] + ["against SB3", "against SBX"]
     lines = [head, ["---"] * len(head)]
-    for (env, script, threads), cells in found.items():
+    for (env, script), cells in found.items():
         sps, ms = ({what: np.array(x)[:, k] for what, x in cells.items()} for k in (0, 1))
         shown = [f"{x:.4g}" for x in (np.median(sps["none"]), np.median(ms["none"]))]
         ratios = [ms["none"] / ms["floor"]]  # repetition by repetition
         ratios += [sps["none"] / sps[x] if x in sps else [] for x in NORMS[1:] + LIBRARIES]
         for x in ratios:
             shown.append(f"{np.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" if len(x) else "")
-        lines.append([env, f"`{script}.py`", threads, *shown])
+        lines.append([env, f"`{script}.py`", *shown])
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
@@ -327,38 +326,12 @@ def pair(args):
         print(f"one {sums[0]:.0f} steps a second, two {sums[1]:.0f}: {sums[1] / sums[0]:.2f}")
 
 
-def inductor(args):
-    """Print milliseconds of an update off-policy as it is, and with losses through torch.compile.
-
-    It needs a C++ compiler. What compiling takes is not in it: the first updates do not count.
-    """
-    print("| script | `--norm` | as it is | torch.compile | repetition by repetition |")
-    print("|---|---|---|---|---|")
-    losses = "critic_loss", "actor_loss"
-    for name, norm in itertools.product(args.script, ("none", "batchnorm", "batchrenorm")):
-        if name == "ppo_bn":
-            continue
-        script = importlib.import_module(name)
-        plain = {loss: getattr(script, loss) for loss in losses}
-        compiled = {loss: torch.compile(f) for loss, f in plain.items()}
-        found = []
-        for _, functions in itertools.product(range(args.repeat), (plain, compiled)):
-            vars(script).update(functions)
-            found.append(time_script(name, args.env[0], norm, args.updates)[1])
-        vars(script).update(plain)
-        ms = np.array(found).reshape(-1, 2)
-        ratios = ms[:, 1] / ms[:, 0]
-        shown = [f"{x:.2f} ms" for x in np.median(ms, axis=0)]
-        shown.append(f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-        print(f"| `{name}.py` | {norm} | {' | '.join(shown)} |", flush=True)
-
-
 if __name__ == "__main__":
     args = tyro.cli(Args)
     warnings.simplefilter("ignore")
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # as the scripts do
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    print(f"torch {torch.__version__}, {args.threads} thread(s), {args.repeat} repetitions\n")
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+    print(f"torch {torch.__version__}, {args.repeat} repetitions\n")
     for what in args.what:
         globals()[what](args)

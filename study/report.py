@@ -281,11 +281,10 @@ def watched(data):
     """Return what DDPG shows on HalfCheetah-v4 at 20 thousand steps, and what returns are."""
     parts = []
     for name in ("none", "naive", "repair"):
-        runs = [rows[rows["step"] <= 20_000] for rows in data[f"ddpg-{name}", BOTH[0]].values()]
-        ends = [
-            iqm([rows[x].iloc[-1] for rows in runs]) for x in ("norm/actor_grad", "eval/return")
-        ]
-        parts.append(f"{name} {' and '.join(map(number, ends))}")
+        runs = data.get((f"ddpg-{name}", BOTH[0]), {}).values()
+        runs = [rows[rows["step"] <= 20_000] for rows in runs]
+        ends = [[rows[x].iloc[-1] for rows in runs] for x in ("norm/actor_grad", "eval/return")]
+        parts += [f"{name} {' and '.join(number(iqm(x)) for x in ends)}"] if runs else []
     words = f"`norm/actor_grad` and the return are then about: {', '.join(parts)}.\n"
     words += (
         "After 50 thousand steps (mean of the last five evaluations, interquartile mean over seeds"
