@@ -303,7 +303,7 @@ def returns(data, known, families, names, envs):
         adds = "--norm" in above and options.startswith(above)
         words = f"`+{options.removeprefix(above)}`" if adds else f"`{typed(options)}`"
         if name == "crossq":
-            words = "CrossQ: see the head of `sac_bn.py`; critics 512 wide"
+            words = "CrossQ, as in `sac_bn.py`"
         samples = [values(data, f"{family}-{name}", env) for family, env in columns]
         rows.append([name, words, *map(told, samples), span([len(x) for x in samples if len(x)])])
         above = options
