@@ -258,7 +258,7 @@ def q_values(agent, batch, next_action, args):
     if args.bn_joint:
         both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
         q, own_q_next = agent.critic.train()(*both).chunk(2)
-        if not args.target_network:  # else own_q_next has served the statistics only
+        if not args.target_network:  # with one, this half only shares in the statistics
             return q, own_q_next.detach()
         agent.critic_target.train(args.bn_target == "train")
         with torch.no_grad():
