@@ -253,7 +253,7 @@ def table(head, rows):
 
 def typed(options):
     """Return options of a cell as one types them, but for the length of its runs."""
-    return re.sub(r"--(total-steps|eval-every) \d+ ?", "", options).strip() or "none"
+    return re.sub(r"--(total-steps|eval-every) \d+ ?", "", options).strip() or "no option"
 
 
 def picture(name, words):
@@ -263,17 +263,16 @@ def picture(name, words):
 
 def answer(data):
     """Return a sentence for DDPG and one for SAC: returns without and with batch norm."""
-    words = {"none": "no layers", "naive": "naive", "repair": "one line repaired"}
+    words = {"none": "without batch norm", "naive": "naive", "repair": "repair"}
     words |= {"recipe": "recipe", "recipe-wn": "with weight norm"}
     bullets = []
     for family in ("ddpg", "sac"):
-        parts, counts = [], []
+        parts = []
         for name, what in words.items():
             samples = [values(data, f"{family}-{name}", env) for env in BOTH]
             found = " / ".join(number(iqm(x)) if len(x) else "not run" for x in samples)
             parts.append(f"{what} {found}")
-            counts += map(len, samples)
-        bullets.append(f"- **{family.upper()}**: {', '.join(parts)} ({span(counts)} seeds).")
+        bullets.append(f"- **{family.upper()}**: {', '.join(parts)}.")
     return "\n".join(bullets)
 
 
@@ -285,7 +284,9 @@ def watched(data):
         runs = [rows[rows["step"] <= 20_000] for rows in runs]
         ends = [[rows[x].iloc[-1] for rows in runs] for x in ("norm/actor_grad", "eval/return")]
         parts += [f"{name} {' and '.join(number(iqm(x)) for x in ends)}"] if runs else []
-    words = f"`norm/actor_grad` and the return are then about: {', '.join(parts)}.\n"
+    words = (
+        f"At 20 thousand steps `norm/actor_grad` and the return are about: {', '.join(parts)}.\n"
+    )
     words += (
         "After 50 thousand steps (mean of the last five evaluations, interquartile mean over seeds"
     )
@@ -302,6 +303,7 @@ def returns(data, known, families, names, envs):
         options = of[0].options
         adds = "--norm" in above and options.startswith(above)
         words = f"`+{options.removeprefix(above)}`" if adds else f"`{typed(options)}`"
+        words = words.replace("`no option`", "no option")
         if name == "crossq":
             words = "CrossQ, as in `sac_bn.py`"
         samples = [values(data, f"{family}-{name}", env) for family, env in columns]

@@ -1,5 +1,6 @@
 """The README and the pages behind it: short, alive, true of the scripts; their commands run."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -36,7 +37,7 @@ def test_the_first_two_commands_are_one_line_each_and_ci_runs_the_second_as_it_s
 
 def test_the_listing_is_cut_from_the_script():
     (listing,) = [text for language, text in BLOCKS if language == "python"]
-    assert len(listing.splitlines()) <= 25
+    assert len(listing.splitlines()) <= 25 and ast.parse(listing)
     script = iter(line.strip() for line in (ROOT / "ddpg_bn.py").read_text().splitlines())
     for line in map(str.strip, listing.splitlines()):
         name = re.fullmatch(r"# (\w+): .+", line)
