@@ -272,7 +272,7 @@ def answer(data):
             samples = [values(data, f"{family}-{name}", env) for env in BOTH]
             found = " / ".join(number(iqm(x)) if len(x) else "not run" for x in samples)
             parts.append(f"{what} {found}")
-        bullets.append(f"- **{family.upper()}**: {', '.join(parts)}.")
+        bullets.append(f"- **{family.upper()}**: {' · '.join(parts)}")
     return "\n".join(bullets)
 
 
