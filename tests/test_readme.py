@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = {file: file.read_text() for file in (ROOT / "README.md", *ROOT.glob("study/*.md"))}
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-COMMANDS = dict.fromkeys(re.findall(r"python (\w+_bn\.py (?!--help)[^`\n#>|]*)", README))
+COMMANDS = re.findall(r"^(?:.*&& )?python (\w+_bn\.py [^#>\n]*)", README, re.MULTILINE)
+COMMANDS += re.findall(r"`python (\w+_bn\.py\s[^`]+)`", README)  # within a sentence
 
 
 def test_it_is_short():
@@ -71,6 +72,6 @@ def test_a_policy_is_used_elsewhere_as_shown(small, monkeypatch):
 def test_commands_run(command, tmp_path):
     words = shlex.split(re.sub(r"--(total-steps|eval-every) \d+", "", command))
     words += ["--eval-every", "0", "--eval-episodes", "1", "--run-dir", str(tmp_path / "run")]
-    short = "4096" if words[0] == "reinforce_bn.py" else "60 --learning-starts 50"
+    short = "60 --learning-starts 50" if words[0][:4] in ("ddpg", "sac_") else "4096"
     words += ["--total-steps", *short.split()]
     subprocess.run([sys.executable, *words], cwd=ROOT, env=unmeasured(), check=True)
