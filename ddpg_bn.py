@@ -721,6 +721,8 @@ class Run:
 def saved_args(run_dir):
     """Return the options of a run, to resume it."""
     saved = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["args"]
+    if saved.keys() - vars(Args()).keys():
+        raise ValueError(f"{run_dir} is of another script, or of another version of this one")
     return Args(**saved | {"resume": str(run_dir), "device": "auto"})
 
 

@@ -267,14 +267,13 @@ def update(agent, batch, args):
     agent.actor.train(args.bn_update == "train")  # NORM mode: --bn-update
     agent.critic.train(args.bn_update == "train")  # NORM mode: --bn-update
     policy = agent.actor(batch.obs)
-    log_prob = policy.log_prob(batch.action)
-    loss_pi, entropy = policy_loss(log_prob, batch.advantage), policy.entropy().mean()
+    loss_pi = policy_loss(policy.log_prob(batch.action), batch.advantage)
+    entropy = policy.entropy().mean()
     gradient_step(agent.actor_optimizer, loss_pi - args.entropy_coef * entropy, args.max_grad_norm)
     for _ in range(args.critic_steps):
         loss_v = (agent.critic(batch.obs) - batch.returns).square().mean()
         gradient_step(agent.critic_optimizer, loss_v, args.max_grad_norm)
     losses = {"losses/policy": loss_pi, "losses/critic": loss_v, "losses/entropy": entropy}
-    losses["log_prob"] = log_prob.detach()  # NORM report: for first_ratio
     return losses, 1 + args.critic_steps
 
 
@@ -371,7 +370,6 @@ def train(args):
             agent.obs_stat.push(obs)  # NORM obs: each observation of training counts once
             agent.reward_scale.sums[:] = 0  # NORM reward: of episodes that begin
             playing = np.ones(args.num_envs, bool)
-            log_probs = []  # NORM report: of acting
             while playing.any():
                 # act
                 seen, policy, value = explore(agent, obs, args)
@@ -388,7 +386,6 @@ def train(args):
                 reward = bootstrap(agent, reward, next_obs, truncated & ~terminated, args)
                 arrays = torch.as_tensor(np.float32([reward, done, playing]), device=device)
                 steps.append(Rollout(seen, action, value, *arrays))
-                log_probs.append(policy.log_prob(action))  # NORM report: for first_ratio
                 for k in np.flatnonzero(done):
                     episode_returns += [envs[k].return_queue[-1]] if playing[k] else []
                     next_obs[k], _ = envs[k].reset()
@@ -401,11 +398,8 @@ def train(args):
             losses, taken = update(agent, batch, args)
             run.updates += taken
             # report
-            # NORM begin: report: changes nothing
-            log_ratio = losses.pop("log_prob") - torch.stack(log_probs)[rollout.playing.bool()]
-            run.log(norm_scalars(agent, batch, log_ratio))
-            # NORM end
             run.log(losses | {"charts/episodic_return": np.mean(episode_returns)})
+            run.log(norm_scalars(agent, batch))  # NORM report: changes nothing
             due = args.eval_every and run.step // args.eval_every > before // args.eval_every
             last = run.step >= args.total_steps
             if due and not last:
@@ -447,7 +441,7 @@ def evaluate(agent, envs, args):
 
 
 # NORM begin: report: what normalization does to a run, made visible
-SCALARS = "norm/first_ratio", "norm/stat_lag"
+SCALARS = "norm/stat_lag", "norm/return_eval_mode", "norm/return_train_mode"
 
 
 @torch.no_grad()
@@ -465,18 +459,10 @@ def stat_lags(net, *inputs):
 
 
 @torch.no_grad()
-def norm_scalars(agent, batch, log_ratio):
-    """Return {name: value} about the last update:
-
-    first_ratio: max |pi(a|s) / pi_old(a|s) - 1| before the gradient step, when no weight had
-    changed: 0 unless acting had another mode, or other statistics.
-    stat_lag: see `stat_lags`, mean over layers.
-    """
-    scalars = {"norm/first_ratio": (log_ratio.exp() - 1).abs().max().clamp(max=1e6)}
+def norm_scalars(agent, batch):
+    """Return {name: value} about the last update; stat_lag: see `stat_lags`, mean over layers."""
     lags = stat_lags(agent.actor.net, batch.obs) + stat_lags(agent.critic, batch.obs)
-    if lags:
-        scalars["norm/stat_lag"] = torch.stack(lags).mean()
-    return scalars
+    return {"norm/stat_lag": torch.stack(lags).mean()} if lags else {}
 
 
 @torch.no_grad()
@@ -489,7 +475,8 @@ def returns_by_mode(agent, args, batch):
         return {}  # the policy has no modes
     envs, actor, scalars = [make_env(args) for _ in range(args.num_envs)], agent.actor, {}
     scalars["norm/return_eval_mode"] = np.mean(evaluate(agent, envs, args)[0])
-    agent.actor = InTrainMode(actor)
+    agent.actor = copy.deepcopy(actor)
+    agent.actor.eval = agent.actor.train  # so that `act`, too, leaves it in train mode
     scalars["norm/return_train_mode"] = np.mean(evaluate(agent, envs, args)[0])
     agent.actor = actor
     for _ in range(args.bn_recalibrate):
@@ -500,17 +487,6 @@ def returns_by_mode(agent, args, batch):
     for env in envs:
         env.close()
     return scalars
-
-
-class InTrainMode(nn.Module):
-    """An actor that is in train mode even after eval(), and whose running statistics never move."""
-
-    def __init__(self, actor):
-        super().__init__()
-        self.actor = actor
-
-    def forward(self, obs):
-        return copy.deepcopy(self.actor).train()(obs)
 
 
 # NORM end
@@ -544,19 +520,15 @@ def make_env(args, run=None):
         actions = gym.spaces.Box(-1, 1, low.shape)
     else:
         raise ValueError(f"--env {args.env} acts in {space}: choose discrete or bounded actions")
-    if args.network == "cnn":
-        if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 3:
-            raise ValueError(f"--env {args.env} observes {obs_space}, --network cnn needs images")
-        first = obs_space.shape[0] < obs_space.shape[2]  # channels are fewer than rows and columns
-        shape = np.empty(obs_space.shape) if first else np.moveaxis(np.empty(obs_space.shape), 2, 0)
-        shape, unit = shape.shape, 255 if obs_space.dtype == np.uint8 else 1
-    else:
-        shape = (gym.spaces.flatdim(obs_space),)
+    if args.network == "cnn" and len(obs_space.shape or ()) != 3:
+        raise ValueError(f"--env {args.env} observes {obs_space}, --network cnn needs images")
 
     def to_input(obs):
-        if args.network == "cnn":
-            return checked(np.float32(obs if first else np.moveaxis(obs, 2, 0)) / unit)
-        return checked(gym.spaces.flatten(obs_space, obs).astype(np.float32))
+        if args.network != "cnn":
+            return checked(gym.spaces.flatten(obs_space, obs).astype(np.float32))
+        if obs_space.shape[0] >= obs_space.shape[2]:  # channels are fewer than rows and columns
+            obs = np.moveaxis(obs, 2, 0)
+        return checked(np.float32(obs) / (255 if obs_space.dtype == np.uint8 else 1))
 
     def to_env(action):
         if isinstance(space, gym.spaces.Discrete):
@@ -564,6 +536,9 @@ def make_env(args, run=None):
         action = np.clip((low + high + checked(action) * (high - low)) / 2, low, high)  # D4
         return action.reshape(space.shape).astype(space.dtype)
 
+    shape = (gym.spaces.flatdim(obs_space),)
+    if args.network == "cnn":
+        shape = to_input(np.zeros(obs_space.shape)).shape
     box = gym.spaces.Box(-np.inf, np.inf, shape)
     env = gym.wrappers.TransformObservation(env, to_input, box)
     env = gym.wrappers.TransformAction(env, to_env, actions)
@@ -719,6 +694,8 @@ class Run:
 def saved_args(run_dir):
     """Return the options of a run, to resume it."""
     saved = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["args"]
+    if saved.keys() - vars(Args()).keys():
+        raise ValueError(f"{run_dir} is of another script, or of another version of this one")
     return Args(**saved | {"resume": str(run_dir), "device": "auto"})
 
 

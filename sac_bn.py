@@ -108,8 +108,6 @@ class Args:
     gamma: float = 0.99  # discount per step
     tau: float = 0.005  # weight of the live network in its target
     target_entropy: float | None = None  # default: minus the dimension of an action
-    log_std_min: float = -20.0  # lowest logarithm of the policy's standard deviation
-    log_std_max: float = 2.0  # highest logarithm of the policy's standard deviation
     hidden_sizes: tuple[int, ...] = (256, 256)  # width of each hidden layer
     critic_hidden_sizes: tuple[int, ...] = ()  # those of the critics, if they differ
     max_grad_norm: float = 0.0  # longest gradient of a network; 0 for any length
@@ -210,7 +208,6 @@ class Actor(nn.Module):
         super().__init__()
         self.net = make_net(obs_dim, *args.hidden_sizes, 2 * action_dim)
         self.net = add_norm(self.net, "actor", args)  # NORM layer: on s
-        self.log_std_bounds = args.log_std_min, args.log_std_max
 
     def forward(self, obs):
         """Return the median actions."""
@@ -220,7 +217,7 @@ class Actor(nn.Module):
     def sample(self, obs):
         """Return actions that gradients flow through, and log pi(a|s), (n,) (Appendix C)."""
         mean, log_std = self.net(obs).chunk(2, dim=1)
-        normal = torch.distributions.Normal(mean, log_std.clamp(*self.log_std_bounds).exp())
+        normal = torch.distributions.Normal(mean, log_std.clamp(-20, 2).exp())  # as in SB3
         u = normal.rsample()
         action = torch.tanh(u)
         # log |da/du| = log(1 - tanh(u)^2), in a form that is finite also where tanh(u) rounds to 1
@@ -407,9 +404,7 @@ def make_agent(env, args, device):
     agent.critic_target = copy.deepcopy(agent.critic) if args.target_network else agent.critic
     agent.temperature = nn.ParameterDict({"log_alpha": torch.zeros(())}).to(device)
     agent.log_alpha = agent.temperature["log_alpha"]  # so that alpha > 0
-    agent.target_entropy = args.target_entropy
-    if args.target_entropy is None:
-        agent.target_entropy = -float(action_dim)
+    agent.target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
     betas = args.adam_beta1, 0.999
     agent.actor_optimizer = Adam(agent.actor.parameters(), args.actor_lr, betas, fused=True)
     agent.critic_optimizer = Adam(agent.critic.parameters(), args.critic_lr, betas, fused=True)
@@ -764,6 +759,8 @@ class Run:
 def saved_args(run_dir):
     """Return the options of a run, to resume it."""
     saved = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["args"]
+    if saved.keys() - vars(Args()).keys():
+        raise ValueError(f"{run_dir} is of another script, or of another version of this one")
     return Args(**saved | {"resume": str(run_dir), "device": "auto"})
 
 
