@@ -6,9 +6,7 @@ python ppo_bn.py --norm batchnorm  # NORM flag: acts by running statistics, lear
 python ppo_bn.py --norm batchnorm --bn-rollout train  # NORM flag: acts by those of the moment
 python ppo_bn.py --resume runs/HalfCheetah-v4/ppo_bn/RUN
 
-Lines where normalization enters end in NORM, a kind and a reason. Kinds: flag  # NORM flag: help
-(options), obs and reward (filters), layer, mode (train or eval), batch (whose  # NORM flag: help
-statistics), target (networks), report (diagnostics), save. To strip them:  # NORM flag: help
+Lines where normalization enters end in NORM, a kind and a reason. To strip them:  # NORM flag: help
 sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' ppo_bn.py > plain.py  # NORM flag: help
 
 Equations and sections are those of the paper (arXiv 1707.06347). Details that it does not have:
@@ -74,9 +72,7 @@ class Args:
     save_every: int = 200_000  # steps between checkpoints, after which all episodes begin anew
     resume: str = ""  # folder of a run to continue with its options, or to a higher total_steps
     # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
-
-    # what normalizes: layers in the networks, a filter (zfilter, fixed) on observations, or both
-    norm: tuple[Norm, ...] = ("none",)
+    norm: tuple[Norm, ...] = ("none",)  # layers, a filter (zfilter, fixed) of observations, or both
     # where layers stand: on the input, before or after each hidden activation
     norm_position: tuple[Literal["input", "pre", "post"], ...] = ("post",)
     norm_net: Literal["both", "actor", "critic"] = "both"  # which network has the layers
@@ -149,21 +145,18 @@ def norm_layer(features, args):
 
 
 def add_norm(net, name, args):
-    """Return the layers of net with those of --norm at --norm-position, if it has any."""
+    """Insert the layers of --norm into net, at --norm-position, if --norm-net has this name."""
     has_layer = {"batchnorm", "batchrenorm", "layernorm"} & {*args.norm}
     if not has_layer or args.norm_net not in ("both", name):
-        return net
-    width, layers = net[0].in_features, []
+        return
+    for k in reversed(range(1, len(net), 2)):  # the activations, last one first, as they shift
+        features = net[k - 1].out_features
+        if "post" in args.norm_position:
+            net.insert(k + 1, norm_layer(features, args))
+        if "pre" in args.norm_position:
+            net.insert(k, norm_layer(features, args))
     if "input" in args.norm_position:
-        layers += [norm_layer(width, args)]
-    for layer in net:
-        width = getattr(layer, "out_features", width)
-        if isinstance(layer, ACTIVATION) and "pre" in args.norm_position:
-            layers += [norm_layer(width, args)]
-        layers += [layer]
-        if isinstance(layer, ACTIVATION) and "post" in args.norm_position:
-            layers += [norm_layer(width, args)]
-    return nn.Sequential(*layers)
+        net.insert(0, norm_layer(net[0].in_features, args))
 
 
 # NORM end
@@ -190,7 +183,7 @@ class Actor(nn.Module):
         self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
         outputs = int(action_space.n) if self.is_discrete else action_space.shape[0]
         self.net = make_net(0.01, obs_dim, *args.hidden_sizes, outputs)
-        self.net = add_norm(self.net, "actor", args)  # NORM layer: on s
+        add_norm(self.net, "actor", args)  # NORM layer: on s
         if not self.is_discrete:
             self.log_std = nn.Parameter(torch.full((outputs,), math.log(0.5)))  # D3
 
@@ -208,7 +201,7 @@ class Critic(nn.Module):
     def __init__(self, obs_dim, args):
         super().__init__()
         self.net = make_net(1.0, obs_dim, *args.hidden_sizes, 1)
-        self.net = add_norm(self.net, "critic", args)  # NORM layer: on s
+        add_norm(self.net, "critic", args)  # NORM layer: on s
 
     def forward(self, obs):
         return self.net(obs).squeeze(1)
@@ -364,7 +357,7 @@ def train(args):
     """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
     torch.set_num_threads(1)  # more gain small networks little, and lose much on busy cores
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    seeds = [int(x) for x in np.random.SeedSequence(args.seed).generate_state(2 + args.num_envs)]
+    seeds = np.random.SeedSequence(args.seed).generate_state(2 + args.num_envs).tolist()
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
     np.random.seed(seeds[0])
@@ -435,10 +428,7 @@ def train(args):
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
 def evaluate(agent, envs, args):
-    """Play an episode in each environment, from the same starts each time, and learn nothing.
-
-    Returns the return of each episode, (n,), and {name: value} to report beside them.
-    """
+    """Play without noise, and learn nothing; return n returns, and {name: value} beside them."""
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     obs = np.array([env.reset(seed=1_000_000 + k)[0] for k, env in enumerate(envs)])
     returns, playing = np.zeros(len(envs)), np.ones(len(envs), bool)
@@ -460,23 +450,21 @@ SCALARS = "norm/first_ratio", "norm/stat_lag"
 
 
 @torch.no_grad()
-def stat_lags(net, *inputs):
-    """Return for each batch norm the mean over features of |running mean - batch mean| / std."""
-    fresh, lags = copy.deepcopy(net).train(), []
-    for layer in fresh.modules():
-        layer.momentum = 1.0  # a pass makes running statistics those of its batch
-    fresh(*inputs)
-    for old, new in zip(net.modules(), fresh.modules(), strict=True):
-        if hasattr(old, "running_mean"):
-            std = (new.running_var + new.eps).sqrt()
-            lags.append(((old.running_mean - new.running_mean).abs() / std).mean())
-    return lags
-
-
-@torch.no_grad()
 def norm_scalars(agent, batch):
-    """Return {name: value} about the last update; stat_lag: see `stat_lags`, mean over layers."""
-    lags = stat_lags(agent.actor.net, batch.obs) + stat_lags(agent.critic, batch.obs)
+    """Return {name: value} about the last update, from its batch:
+
+    stat_lag: mean over features and batch norms of |running mean - batch mean| / batch std.
+    """
+    nets, lags = ((agent.actor.net, [batch.obs]), (agent.critic, [batch.obs])), []
+    for net, inputs in nets:
+        fresh = copy.deepcopy(net).train()
+        for layer in fresh.modules():
+            layer.momentum = 1.0  # a pass makes running statistics those of its batch
+        fresh(*inputs)
+        for old, new in zip(net.modules(), fresh.modules(), strict=True):
+            if hasattr(old, "running_mean"):
+                std = (new.running_var + new.eps).sqrt()
+                lags.append(((old.running_mean - new.running_mean).abs() / std).mean())
     return {"norm/stat_lag": torch.stack(lags).mean()} if lags else {}
 
 
@@ -490,10 +478,7 @@ def checked(values):
 
 
 def make_env(args, run=None):
-    """Return an environment; it observes float32 vectors, and acts in [-1, 1], or discretely.
-
-    run: whose videos/ shall hold its episodes, with --capture-video.
-    """
+    """Return an environment; it takes actions in [-1, 1], or discrete ones; run: for videos/."""
     video = {"render_mode": "rgb_array"} if run and args.capture_video else {}
     env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
     if env.spec.max_episode_steps is None:
@@ -511,7 +496,6 @@ def make_env(args, run=None):
         actions = gym.spaces.Box(-1, 1, low.shape)
     else:
         raise ValueError(f"--env {args.env} acts in {space}: choose discrete or bounded actions")
-    shape = (gym.spaces.flatdim(obs_space),)
 
     def to_input(obs):
         return checked(gym.spaces.flatten(obs_space, obs).astype(np.float32))
@@ -522,8 +506,7 @@ def make_env(args, run=None):
         action = np.clip((low + high + checked(action) * (high - low)) / 2, low, high)  # D4
         return action.reshape(space.shape).astype(space.dtype)
 
-    box = gym.spaces.Box(-np.inf, np.inf, shape)
-    env = gym.wrappers.TransformObservation(env, to_input, box)
+    env = gym.wrappers.TransformObservation(env, to_input, gym.spaces.flatten_space(obs_space))
     env = gym.wrappers.TransformAction(env, to_env, actions)
     env = gym.wrappers.TransformReward(env, lambda reward: float(checked(np.squeeze(reward))))
     # a key of its own, since an environment may have "episode" in its info already
@@ -579,7 +562,7 @@ class Run:
     def __init__(self, args, agent, generators):
         self.args, self.agent = args, agent
         self.generators = [x for x in generators if isinstance(x, np.random.Generator)]
-        self.step, self.updates, self.evals, self.saved = 0, 0, [], 0
+        self.step, self.updates, self.evals = 0, 0, []
         shown = {k: v for k, v in vars(args).items() if k not in (*FREE, "env", "seed", "run_dir")}
         words = [f"{k} {v}" for k, v in shown.items() if v != getattr(Args, k)]
         words += [f"seed{args.seed}", time.strftime("%Y%m%d-%H%M%S"), str(time.time_ns() % 10**9)]
@@ -588,8 +571,7 @@ class Run:
         self.dir = Path(args.resume or new)
         if args.resume:
             self.load()
-        else:
-            self.dir.mkdir(parents=True)
+        self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
         names = "torch", "gymnasium", "mujoco", "numpy"
         about = {"script": Path(__file__).stem, "args": vars(args)}
         about["versions"] = {x: sys.modules[x].__version__ for x in names if x in sys.modules}
@@ -647,7 +629,6 @@ class Run:
         for name, part in state["agent"].items():
             getattr(self.agent, name).load_state_dict(part)
         self.step, self.updates, self.evals = state["progress"]
-        self.saved = self.step
         torch.set_rng_state(state["torch"][0])
         torch.cuda.set_rng_state_all(state["torch"][1][: torch.cuda.device_count()])
         (version, words, gauss), numpy_state, *numbers = json.loads(state["random"])
@@ -693,10 +674,9 @@ if __name__ == "__main__":
         args = tyro.cli(Args)
         if args.resume:  # what is not given is as in that run
             args = tyro.cli(Args, default=saved_args(args.resume))
-        result = train(args)
+        sys.exit(3 if train(args)["diverged"] else 0)
     except (OSError, ValueError, gym.error.Error) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         sys.exit(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})")
     except KeyboardInterrupt:
         sys.exit("stopped: --resume goes on from the last checkpoint")
-    sys.exit(3 if result["diverged"] else 0)

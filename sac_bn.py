@@ -14,9 +14,7 @@ CrossQ (Bhatt et al. 2024) is a branch after --bn-joint:  # NORM flag: without a
     --adam-beta1 0.5 --policy-delay 3 --critic-hidden-sizes 2048 2048  # NORM flag: its constants
 python sac_bn.py --resume runs/Ant-v4/sac_bn/RUN
 
-Lines where normalization enters end in NORM, a kind and a reason. Kinds: flag  # NORM flag: help
-(options), obs and reward (filters), layer, mode (train or eval), batch (whose  # NORM flag: help
-statistics), target (networks), report (diagnostics), save. To strip them:  # NORM flag: help
+Lines where normalization enters end in NORM, a kind and a reason. To strip them:  # NORM flag: help
 sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' sac_bn.py > plain.py  # NORM flag: help
 
 Equations and appendices are those of the paper (arXiv 1812.05905). Details that it does not have:
@@ -79,9 +77,7 @@ class Args:
     save_every: int = 20_000  # steps between checkpoints, which wait for the end of an episode
     resume: str = ""  # folder of a run to continue with its options, or to a higher total_steps
     # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
-
-    # what normalizes: layers in the networks, a filter (zfilter, fixed) on observations, or both
-    norm: tuple[Norm, ...] = ("none",)
+    norm: tuple[Norm, ...] = ("none",)  # layers, a filter (zfilter, fixed) of observations, or both
     # where layers stand: on the input, before or after each hidden activation
     norm_position: tuple[Literal["input", "pre", "post"], ...] = ("post",)
     norm_net: Literal["both", "actor", "critic"] = "both"  # which network has the layers
@@ -90,8 +86,7 @@ class Args:
     bn_warmup: int = 100_000  # batchrenorm: passes in train mode that are plain batch norm (CrossQ)
     # the target critic uses the running statistics, copied from the live one, or its own batch's
     bn_target: Literal["eval", "train"] = "eval"
-    # in the actor's loss the critic uses the statistics of the batch of the policy's actions, which
-    # also move its running ones (naive, and fails), or (eval) the running ones, and moves nothing
+    # in the actor's loss the critic uses its batch's statistics (naive, and fails), or running ones
     bn_policy_critic: Literal["train", "eval"] = "train"
     bn_joint: bool = False  # (s, a) and (s', a') pass the critic as one batch (CrossNorm, CrossQ)
     weight_norm: bool = False  # keep the weights of each hidden unit at length 1 (XQC)
@@ -157,21 +152,18 @@ def norm_layer(features, args):
 
 
 def add_norm(net, name, args):
-    """Return the layers of net with those of --norm at --norm-position, if it has any."""
+    """Insert the layers of --norm into net, at --norm-position, if --norm-net has this name."""
     has_layer = {"batchnorm", "batchrenorm", "layernorm"} & {*args.norm}
     if not has_layer or args.norm_net not in ("both", name):
-        return net
-    width, layers = net[0].in_features, []
+        return
+    for k in reversed(range(1, len(net), 2)):  # the activations, last one first, as they shift
+        features = net[k - 1].out_features
+        if "post" in args.norm_position:
+            net.insert(k + 1, norm_layer(features, args))
+        if "pre" in args.norm_position:
+            net.insert(k, norm_layer(features, args))
     if "input" in args.norm_position:
-        layers += [norm_layer(width, args)]
-    for layer in net:
-        width = getattr(layer, "out_features", width)
-        if isinstance(layer, ACTIVATION) and "pre" in args.norm_position:
-            layers += [norm_layer(width, args)]
-        layers += [layer]
-        if isinstance(layer, ACTIVATION) and "post" in args.norm_position:
-            layers += [norm_layer(width, args)]
-    return nn.Sequential(*layers)
+        net.insert(0, norm_layer(net[0].in_features, args))
 
 
 @torch.no_grad()
@@ -207,7 +199,7 @@ class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.net = make_net(obs_dim, *args.hidden_sizes, 2 * action_dim)
-        self.net = add_norm(self.net, "actor", args)  # NORM layer: on s
+        add_norm(self.net, "actor", args)  # NORM layer: on s
 
     def forward(self, obs):
         """Return the median actions."""
@@ -234,7 +226,7 @@ class Critic(nn.Module):
         self.nets = nn.ModuleList()
         for _ in range(2):
             net = make_net(obs_dim + action_dim, *sizes, 1)
-            net = add_norm(net, "critic", args)  # NORM layer: on (s, a)
+            add_norm(net, "critic", args)  # NORM layer: on (s, a)
             self.nets.append(net)
 
     def forward(self, obs, action):
@@ -254,14 +246,13 @@ def q_values(agent, batch, next_action, args):
     # how the two differ; and the running statistics would never come to know (s', a').
     if args.bn_joint:
         both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
-        q, own_q_next = agent.critic.train()(*both).chunk(2)
-        if not args.target_network:  # with one, this half only shares in the statistics
-            return q, own_q_next.detach()
-        agent.critic_target.train(args.bn_target == "train")
-        with torch.no_grad():
-            if args.bn_target == "train":
-                return q, agent.critic_target(*both).chunk(2)[1]
-            return q, agent.critic_target(batch.next_obs, next_action)  # eval: (s', a') is enough
+        q, q_next = agent.critic.train()(*both).chunk(2)
+        if args.target_network:  # then this q_next has only shared in the statistics
+            agent.critic_target.train(args.bn_target == "train")
+            inputs = both if args.bn_target == "train" else (batch.next_obs, next_action)
+            with torch.no_grad():
+                q_next = agent.critic_target(*inputs)[-len(q) :]  # of (s', a')
+        return q, q_next.detach()
     # NORM end
     with torch.no_grad():
         agent.critic_target.train(args.bn_target == "train")  # NORM mode: whose statistics y uses
@@ -284,11 +275,9 @@ def critic_loss(agent, batch, args):
 def actor_loss(agent, batch, args):
     """Return the mean of alpha log pi(a|s) - min Q(s, a), a ~ pi (Eq. 9), and log pi(a|s), (n,)."""
     agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
-    # NORM begin: mode: train mode here hides from the actor what Q makes of its actions
-    # In train mode batch norm gives each feature the mean beta, whatever pi does. If it stands
-    # last before the output, mean Q = w beta + b: only the choice of the smaller Q has a gradient.
-    agent.critic.train(args.bn_policy_critic == "train")
-    # NORM end
+    # NORM mode: in train mode batch norm gives each feature the mean beta, whatever pi does. Last
+    # NORM mode: before the output, it makes mean Q = w beta + b: only the choice of min Q is left.
+    agent.critic.train(args.bn_policy_critic == "train")  # NORM mode: train is naive, eval repairs
     action, log_prob = agent.actor.sample(batch.obs)
     alpha = agent.log_alpha.exp().detach()
     return (alpha * log_prob - agent.critic(batch.obs, action).amin(1)).mean(), log_prob
@@ -430,9 +419,9 @@ def train(args):
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     cpu = torch.cpu.get_capabilities()
     if cpu.get("avx512_f") and not cpu.get("amx_tile"):
-        # for speed only: takes oneDNN, which computes in float32 unless the processor has AMX
+        # for speed: takes oneDNN, which computes in float32 unless the processor has AMX
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    seeds = [int(x) for x in np.random.SeedSequence(args.seed).generate_state(4)]
+    seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
     np.random.seed(seeds[0])
@@ -462,7 +451,7 @@ def train(args):
             run.step += 1
             # store
             agent.buffer.add(obs, action, reward, next_obs, terminated)
-            obs = next_obs
+            obs = None if done else next_obs
             # learn
             if run.step > args.learning_starts:
                 batch = sample_batch(agent, rng, args)
@@ -478,7 +467,6 @@ def train(args):
                 run.log({"charts/episodic_return": env.return_queue[-1]})
                 if run.step // args.save_every > run.saved // args.save_every:
                     run.save()
-                obs = None
         run.log(losses)
         run.evaluate(*evaluate(agent, eval_env, args))
         run.save()
@@ -493,15 +481,12 @@ def train(args):
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
 def evaluate(agent, env, args):
-    """Play without noise, from the same starts each time, and learn nothing.
-
-    Returns the return of each episode, and {name: value} to report beside them.
-    """
+    """Play without noise, and learn nothing; return returns, and {name: value} beside them."""
     returns, scalars = [], {}
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     errors = []  # NORM report: of Q
     for k in range(args.eval_episodes):
-        obs, _ = env.reset(seed=1_000_000 + k)
+        obs, _ = env.reset(seed=1_000_000 + k)  # the same starts each time
         episode, done = [], False
         while not done:
             action = act(agent, obs)
@@ -547,30 +532,26 @@ def q_errors(agent, episode, terminated, args):
 
 
 @torch.no_grad()
-def stat_lags(net, *inputs):
-    """Return for each batch norm the mean over features of |running mean - batch mean| / std."""
-    fresh, lags = copy.deepcopy(net).train(), []
-    for layer in fresh.modules():
-        layer.momentum = 1.0  # a pass makes running statistics those of its batch
-    fresh(*inputs)
-    for old, new in zip(net.modules(), fresh.modules(), strict=True):
-        if hasattr(old, "running_mean"):
-            std = (new.running_var + new.eps).sqrt()
-            lags.append(((old.running_mean - new.running_mean).abs() / std).mean())
-    return lags
-
-
-@torch.no_grad()
 def norm_scalars(agent, batch):
     """Return {name: value} about the last update, from its batch:
 
-    actor_grad: norm of the actor's gradient, as clipped. stat_lag: see `stat_lags`, over layers.
+    actor_grad: norm of the actor's gradient, as clipped.
     saturation: share of the components of the actor's action in the outer 1 % at either bound.
+    stat_lag: mean over features and batch norms of |running mean - batch mean| / batch std.
     """
     grads = [p.grad for p in agent.actor.parameters() if p.grad is not None]
-    scalars = {"norm/actor_grad": nn.utils.get_total_norm(grads)}
+    scalars, lags = {"norm/actor_grad": nn.utils.get_total_norm(grads)}, []
     scalars["norm/saturation"] = (agent.actor.eval()(batch.obs).abs() > 0.98).float().mean()
-    lags = stat_lags(agent.actor, batch.obs) + stat_lags(agent.critic, batch.obs, batch.action)
+    nets = (agent.actor, [batch.obs]), (agent.critic, [batch.obs, batch.action])
+    for net, inputs in nets:
+        fresh = copy.deepcopy(net).train()
+        for layer in fresh.modules():
+            layer.momentum = 1.0  # a pass makes running statistics those of its batch
+        fresh(*inputs)
+        for old, new in zip(net.modules(), fresh.modules(), strict=True):
+            if hasattr(old, "running_mean"):
+                std = (new.running_var + new.eps).sqrt()
+                lags.append(((old.running_mean - new.running_mean).abs() / std).mean())
     if lags:
         scalars["norm/stat_lag"] = torch.stack(lags).mean()
     return scalars
@@ -586,10 +567,7 @@ def checked(values):
 
 
 def make_env(args, run=None):
-    """Return an environment; it observes float32 vectors, and acts in [-1, 1].
-
-    run: whose videos/ shall hold its episodes, with --capture-video.
-    """
+    """Return an environment of float32 vectors and actions in [-1, 1]; run: for whose videos/."""
     video = {"render_mode": "rgb_array"} if run and args.capture_video else {}
     env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
     if env.spec.max_episode_steps is None:
@@ -611,8 +589,7 @@ def make_env(args, run=None):
         action = np.clip((low + high + checked(action) * (high - low)) / 2, low, high)
         return action.reshape(space.shape).astype(space.dtype)
 
-    box = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(obs_space),))
-    env = gym.wrappers.TransformObservation(env, to_vector, box)
+    env = gym.wrappers.TransformObservation(env, to_vector, gym.spaces.flatten_space(obs_space))
     env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
     env = gym.wrappers.TransformReward(env, lambda reward: float(checked(np.squeeze(reward))))
     # a key of its own, since an environment may have "episode" in its info already
@@ -668,7 +645,7 @@ class Run:
     def __init__(self, args, agent, generators):
         self.args, self.agent = args, agent
         self.generators = [x for x in generators if isinstance(x, np.random.Generator)]
-        self.step, self.updates, self.evals, self.saved = 0, 0, [], 0
+        self.step, self.updates, self.evals = 0, 0, []
         shown = {k: v for k, v in vars(args).items() if k not in (*FREE, "env", "seed", "run_dir")}
         words = [f"{k} {v}" for k, v in shown.items() if v != getattr(Args, k)]
         words += [f"seed{args.seed}", time.strftime("%Y%m%d-%H%M%S"), str(time.time_ns() % 10**9)]
@@ -677,8 +654,7 @@ class Run:
         self.dir = Path(args.resume or new)
         if args.resume:
             self.load()
-        else:
-            self.dir.mkdir(parents=True)
+        self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
         names = "torch", "gymnasium", "mujoco", "numpy"
         about = {"script": Path(__file__).stem, "args": vars(args)}
         about["versions"] = {x: sys.modules[x].__version__ for x in names if x in sys.modules}
@@ -736,7 +712,6 @@ class Run:
         for name, part in state["agent"].items():
             getattr(self.agent, name).load_state_dict(part)
         self.step, self.updates, self.evals = state["progress"]
-        self.saved = self.step
         torch.set_rng_state(state["torch"][0])
         torch.cuda.set_rng_state_all(state["torch"][1][: torch.cuda.device_count()])
         (version, words, gauss), numpy_state, *numbers = json.loads(state["random"])
@@ -782,10 +757,9 @@ if __name__ == "__main__":
         args = tyro.cli(Args)
         if args.resume:  # what is not given is as in that run
             args = tyro.cli(Args, default=saved_args(args.resume))
-        result = train(args)
+        sys.exit(3 if train(args)["diverged"] else 0)
     except (OSError, ValueError, gym.error.Error) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         sys.exit(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})")
     except KeyboardInterrupt:
         sys.exit("stopped: --resume goes on from the last checkpoint")
-    sys.exit(3 if result["diverged"] else 0)

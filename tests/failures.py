@@ -40,8 +40,6 @@ def broken(failure):
 
 
 # -------------------------------------------------------------------------------- The symptoms
-
-
 def agent_of(script, **options):
     """Return a small agent for Pendulum-v1, its arguments, and a batch for DDPG and SAC."""
     torch.manual_seed(0)
@@ -128,7 +126,6 @@ def ratio_is_not_one(script, folder):
 
 
 # -------------------------------------------------------------------------------- The mistakes
-
 SB3 = "https://github.com/DLR-RM/stable-baselines3"
 FAILURES = [
     Failure(

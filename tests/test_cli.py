@@ -54,7 +54,6 @@ def words_of(options):
 
 
 # ------------------------------------------------------------------------------ Mistakes
-
 BN = {"norm": "batchnorm"}
 REFUSED = [
     (SCRIPTS, {"norm": "batch_norm"}, "--norm"),
@@ -134,8 +133,6 @@ def test_the_main_job_reaches_updates(script, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------- Runs that go on
-
-
 def test_resume_extends_and_evaluates_again(small):
     """A run that was over may go further, with the same options but for those that end it."""
     options = {"env": "ShortPendulum-v0", "norm": "batchnorm", "eval_every": 80}
@@ -189,7 +186,6 @@ def test_checkpoints_that_are_damaged_foreign_or_code_are_refused(script, small,
 
 
 # --------------------------------------------------------------------- The strip property
-
 TRACES = r"(?<!\.)\bnorm\b|\bnorm_|[Nn]ormaliz|NORM|BatchNorm|LayerNorm|Renorm|[Zz]-?[Ff]ilter"
 TRACES += r"|recalibrat|reward_norm|[Rr]eward_?[Ss]cale|moment|first_ratio|RunningStat"
 TRACES += (

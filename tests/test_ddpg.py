@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import same
+from conftest import checkpoint, same
 
 import ddpg_bn
 from ddpg_bn import Batch, ReplayBuffer
@@ -62,8 +62,6 @@ def nets(network):
 
 
 # ---------------------------------------------------------------------- The algorithm, by hand
-
-
 def test_critic_loss_by_hand():
     agent, batch, args = make_agent(gamma=0.9)
     for p in (*agent.actor_target.parameters(), *agent.critic_target.parameters()):
@@ -103,16 +101,19 @@ def test_update_is_adam_then_polyak():
             torch.testing.assert_close(t, 0.7 * old_t + 0.3 * p)
 
 
-def test_exploration_is_noise_around_small_first_actions_within_the_bounds():
-    agent, batch, args = make_agent()
-    rng, obs, drawn = np.random.default_rng(0), batch.obs[0].numpy(), {}
+def test_exploration_is_noise_around_small_first_actions_within_the_bounds(small, monkeypatch):
+    agent, batch, _ = make_agent()
     assert agent.critic(batch.obs, batch.action).abs().max() < 0.2
-    for args.noise in (0.25, 5.0):
-        drawn[args.noise] = np.array([ddpg_bn.explore(agent, obs, rng, args) for _ in range(1000)])
-    assert abs(drawn[0.25].mean()) < 0.03 and abs(drawn[0.25].std() - 0.25) < 0.02
-    assert (drawn[5.0].min(), drawn[5.0].max()) == (-1, 1) and drawn[5.0].dtype == np.float32
     nn.init.constant_(agent.actor.net[-1].bias, 0.5)
-    assert ddpg_bn.act(agent, obs) == pytest.approx(np.tanh(0.5), abs=0.01)
+    assert ddpg_bn.act(agent, batch.obs[0].numpy()) == pytest.approx(np.tanh(0.5), abs=0.01)
+    monkeypatch.setattr(ddpg_bn, "update", lambda *_: {})  # the policy stays as it begins
+    drawn = {}
+    for noise in (0.25, 5.0):
+        args = small(ddpg_bn, noise=noise, total_steps=1100, buffer_size=1100)
+        ddpg_bn.train(args)
+        drawn[noise] = checkpoint(args.run_dir)["agent"]["buffer"]["data"][1][100:]
+    assert abs(drawn[0.25].mean()) < 0.03 and abs(drawn[0.25].std() - 0.25) < 0.02
+    assert (drawn[5.0].min(), drawn[5.0].max()) == (-1, 1)
 
 
 def test_action_layer_is_the_papers():
@@ -142,8 +143,6 @@ def test_buffer_keeps_the_newest_and_samples_uniformly():
 
 
 # ------------------------------------------------------- Whose statistics: modes, targets, joint
-
-
 def modes(script, agent, batch, args):
     """Return the name, the mode, and whether joint, of every forward pass of an update."""
     names = "actor_target", "critic_target", "actor", "critic"  # a target may be the live network
@@ -232,8 +231,6 @@ def test_norm_net_decides_who_has_layers_and_layers_draw_no_random_numbers(scrip
 
 
 # ---------------------------------------------------------- The exact reason (claim B7)
-
-
 @pytest.mark.parametrize("norm", BATCH_NORMS)
 def test_train_mode_batch_norm_before_the_output_has_no_policy_gradient(norm):
     """mean Q = w beta + b whatever the actions are: the gradient is rounding, and Adam moves on."""

@@ -159,8 +159,6 @@ def test_killed_many_times_equals_never_killed(script, tmp_path):
 
 
 # --------------------------------------------------------------------------------------- Signals
-
-
 SIGNALS = [("ppo_bn", signal.SIGTERM, "evaluating"), ("sac_bn", signal.SIGINT, "training")]
 
 

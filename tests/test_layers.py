@@ -83,12 +83,14 @@ def test_positions(norm, position):
     args = ddpg_bn.Args(norm=norm, norm_position=position)
     args.bn_momentum = 0.03
     words, net = [], ddpg_bn.make_net(5, 6, 7, 1)
-    for module in ddpg_bn.add_norm(net, "critic", args):
+    ddpg_bn.add_norm(net, "critic", ddpg_bn.Args(norm="zfilter"))  # no layer
+    assert len(net) == 5
+    ddpg_bn.add_norm(net, "critic", args)
+    for module in net:
         is_layer = type(module) is KINDS[norm]
         words.append(f"N{'567'.index(str(len(module.weight)))}" if is_layer else str(module)[0])
         assert getattr(module, "momentum", 0.03) == 0.03
     assert " ".join(words) == POSITIONS[position]
-    assert ddpg_bn.add_norm(net, "critic", ddpg_bn.Args(norm="zfilter")) is net  # no layer
 
 
 def lengths(net):

@@ -46,8 +46,6 @@ def same_gradient(found, expected, parameters):
 
 
 # -------------------------------------------------------------------- What is stored and learnt
-
-
 def test_time_outs_pay_what_was_to_come_and_deaths_do_not(on_policy, small, captured, monkeypatch):
     """RareDeath pays 1 + t, dies at t = 5 in every fourth episode, else times out at t = 8."""
     values_are(monkeypatch, on_policy, lambda t: 1000 * t)
@@ -150,8 +148,6 @@ def test_rows_of_a_batch_belong_together():
 
 
 # ------------------------------------------------------------------------- Losses and updates
-
-
 @pytest.mark.parametrize("options", [{}, {"entropy_coef": 0.3}, {"value_coef": 0.1}], ids=str)
 def test_what_ppo_descends(small, monkeypatch, options):
     """The gradient step gets policy loss + value_coef critic loss - entropy_coef entropy."""
@@ -235,8 +231,6 @@ def test_minibatches_cover_the_rollout_until_the_mean_divergence_ends_it(
 
 
 # ------------------------------------------------------------------- Observations and rewards
-
-
 def test_statistics_are_those_of_all_training_observations(on_policy, small, monkeypatch):
     seen, observe = [], Countdown.observe
 
@@ -283,8 +277,6 @@ def test_reward_norm_scales_what_is_learnt_but_no_bootstrap_and_no_report(
 
 
 # ------------------------------------------------------------------------- Modes of batch norm
-
-
 @pytest.mark.parametrize("rollout", ["eval", "train"])
 @pytest.mark.parametrize("update", ["eval", "train"])
 def test_every_pass_has_its_mode(on_policy, small, rollout, update):
@@ -326,11 +318,10 @@ def test_ratio_before_the_first_step(small, options, differs, monkeypatch):
 
     def with_statistics(net, name, args):
         """As if the running statistics had been learnt, so that eval mode does something."""
-        net = add_norm(net, name, args)
+        add_norm(net, name, args)
         for name, buffer in net.named_buffers():
             if "running" in name:
                 buffer.uniform_(0.5, 2.0)
-        return net
 
     monkeypatch.setattr(ppo_bn, "add_norm", with_statistics)
     args = small(ppo_bn, total_steps=600, **options)
@@ -406,8 +397,6 @@ def test_evaluation_in_train_mode_uses_the_batch_and_moves_nothing(small, monkey
 
 
 # ------------------------------------------------------------------------- Networks, whole runs
-
-
 LINEAR = {"network": "linear", "hidden_sizes": (64,), "norm_position": ("input",)}
 CNN = {"network": "cnn", "env": "Picture-v0", "norm_position": ("input", "post")}
 LAYERS = [  # L: a linear layer, C: a convolution, F: flattens, A: activates, n: normalizes

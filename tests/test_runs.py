@@ -38,8 +38,6 @@ def test_training_stores_raw_transitions_and_bootstraps_through_time_outs(script
 
 
 # ------------------------------------------------------------------------- Filters in a run
-
-
 class Recorder(gym.ObservationWrapper):
     """Keeps every observation that its environment makes."""
 
@@ -124,7 +122,6 @@ def test_fixed_filter_uses_the_file_and_never_learns(script, small, agents):
 
 
 # ------------------------------------------------------------------------------------ Whole runs
-
 KINDS = [
     {},
     {"norm": ("batchnorm", "zfilter"), "bn_policy_critic": "eval", "norm_position": ("input",)},
