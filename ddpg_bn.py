@@ -3,7 +3,6 @@
 python ddpg_bn.py --env Ant-v4
 python ddpg_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: naive, to watch it fail
 python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: one repair
-python ddpg_bn.py --norm batchnorm --norm-position input pre --action-layer 1  # NORM flag: Sec. 3
 python ddpg_bn.py --resume runs/Ant-v4/ddpg_bn/RUN
 
 Lines where normalization enters end in NORM, a kind and a reason. To strip them:  # NORM flag: help
@@ -36,7 +35,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
@@ -142,27 +140,26 @@ def add_norm(net, name, args):
     if not has_layer or args.norm_net not in ("both", name):
         return
     for k in reversed(range(1, len(net), 2)):  # the activations, last one first, as they shift
-        features = net[k - 1].out_features
+        hidden = net[k - 1]
+        hidden.has_unit_length = args.weight_norm
         if "post" in args.norm_position:
-            net.insert(k + 1, norm_layer(features, args))
+            net.insert(k + 1, norm_layer(hidden.out_features, args))
         if "pre" in args.norm_position:
-            net.insert(k, norm_layer(features, args))
+            net.insert(k, norm_layer(hidden.out_features, args))
     if "input" in args.norm_position:
         net.insert(0, norm_layer(net[0].in_features, args))
+    project_weights(net)
 
 
 @torch.no_grad()
-def project_weights(net, name, args):
-    """Give the weights and the bias of each hidden unit, as one vector, length 1 (XQC).
+def project_weights(net):
+    """With --weight-norm, give weights and bias of a hidden unit, as one vector, length 1 (XQC).
 
     With batch norm behind, only their direction matters, and the longer they are, the less a
     gradient step turns them. At length 1 the learning rate stays what it is set to.
     """
-    if not args.weight_norm or args.norm_net not in ("both", name):
-        return
-    chains = [module for module in net.modules() if isinstance(module, nn.Sequential)]
-    for layer in itertools.chain(*(chain[:-1] for chain in chains)):  # the output layer is free
-        if isinstance(layer, nn.Linear):
+    for layer in net.modules():
+        if getattr(layer, "has_unit_length", False):
             length = torch.cat([layer.weight, layer.bias.unsqueeze(1)], dim=1).norm(dim=1)
             layer.weight /= length.unsqueeze(1)
             layer.bias /= length
@@ -241,7 +238,7 @@ def critic_loss(agent, batch, args):
         next_action = agent.actor_target(batch.next_obs)
     q, q_next = q_values(agent, batch, next_action, args)
     td_target = batch.reward + args.gamma * (1 - batch.terminated) * q_next  # y (Eq. 5, D2)
-    return F.mse_loss(q, td_target), q
+    return nn.functional.mse_loss(q, td_target), q
 
 
 def actor_loss(agent, batch, args):
@@ -277,10 +274,10 @@ def update(agent, batch, args):
     """Take one step with critic, actor and targets; return losses and mean Q, by name."""
     loss_q, q = critic_loss(agent, batch, args)
     gradient_step(agent.critic_optimizer, loss_q, args.max_grad_norm)
-    project_weights(agent.critic, "critic", args)  # NORM layer: --weight-norm
+    project_weights(agent.critic)  # NORM layer: --weight-norm
     loss_pi = actor_loss(agent, batch, args)
     gradient_step(agent.actor_optimizer, loss_pi, args.max_grad_norm)
-    project_weights(agent.actor, "actor", args)  # NORM layer: --weight-norm
+    project_weights(agent.actor)  # NORM layer: --weight-norm
     if args.target_network:
         update_target(agent.actor_target, agent.actor, args.tau)
         update_target(agent.critic_target, agent.critic, args.tau)
@@ -348,8 +345,6 @@ def make_agent(env, args, device):
     agent = SimpleNamespace(device=device)
     agent.actor = Actor(obs_dim, action_dim, args).to(device)
     agent.critic = Critic(obs_dim, action_dim, args).to(device)
-    project_weights(agent.actor, "actor", args)  # NORM layer: before the targets are copied
-    project_weights(agent.critic, "critic", args)  # NORM layer: before the targets are copied
     agent.actor_target = copy.deepcopy(agent.actor) if args.target_network else agent.actor
     agent.critic_target = copy.deepcopy(agent.critic) if args.target_network else agent.critic
     agent.actor_optimizer = Adam(agent.actor.parameters(), args.actor_lr, fused=True)
@@ -375,8 +370,7 @@ def train(args):
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     cpu = torch.cpu.get_capabilities()
     if cpu.get("avx512_f") and not cpu.get("amx_tile"):
-        # for speed: takes oneDNN, which computes in float32 unless the processor has AMX
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN, in float32 without AMX
     seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])

@@ -47,7 +47,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
@@ -157,27 +156,26 @@ def add_norm(net, name, args):
     if not has_layer or args.norm_net not in ("both", name):
         return
     for k in reversed(range(1, len(net), 2)):  # the activations, last one first, as they shift
-        features = net[k - 1].out_features
+        hidden = net[k - 1]
+        hidden.has_unit_length = args.weight_norm
         if "post" in args.norm_position:
-            net.insert(k + 1, norm_layer(features, args))
+            net.insert(k + 1, norm_layer(hidden.out_features, args))
         if "pre" in args.norm_position:
-            net.insert(k, norm_layer(features, args))
+            net.insert(k, norm_layer(hidden.out_features, args))
     if "input" in args.norm_position:
         net.insert(0, norm_layer(net[0].in_features, args))
+    project_weights(net)
 
 
 @torch.no_grad()
-def project_weights(net, name, args):
-    """Give the weights and the bias of each hidden unit, as one vector, length 1 (XQC).
+def project_weights(net):
+    """With --weight-norm, give weights and bias of a hidden unit, as one vector, length 1 (XQC).
 
     With batch norm behind, only their direction matters, and the longer they are, the less a
     gradient step turns them. At length 1 the learning rate stays what it is set to.
     """
-    if not args.weight_norm or args.norm_net not in ("both", name):
-        return
-    chains = [module for module in net.modules() if isinstance(module, nn.Sequential)]
-    for layer in itertools.chain(*(chain[:-1] for chain in chains)):  # the output layer is free
-        if isinstance(layer, nn.Linear):
+    for layer in net.modules():
+        if getattr(layer, "has_unit_length", False):
             length = torch.cat([layer.weight, layer.bias.unsqueeze(1)], dim=1).norm(dim=1)
             layer.weight /= length.unsqueeze(1)
             layer.bias /= length
@@ -213,7 +211,7 @@ class Actor(nn.Module):
         u = normal.rsample()
         action = torch.tanh(u)
         # log |da/du| = log(1 - tanh(u)^2), in a form that is finite also where tanh(u) rounds to 1
-        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
+        log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
         return action, (normal.log_prob(u) - log_slope).sum(1)
 
 
@@ -312,12 +310,12 @@ def update(agent, batch, updates, args):
     """Take step number `updates` with critics, actor, temperature, targets; return losses."""
     loss_q, q = critic_loss(agent, batch, args)
     gradient_step(agent.critic_optimizer, loss_q, args.max_grad_norm)
-    project_weights(agent.critic, "critic", args)  # NORM layer: --weight-norm
+    project_weights(agent.critic)  # NORM layer: --weight-norm
     losses = {"losses/critic": loss_q, "losses/q": q.mean()}
     if updates % args.policy_delay == 0:
         loss_pi, log_prob = actor_loss(agent, batch, args)
         gradient_step(agent.actor_optimizer, loss_pi, args.max_grad_norm)
-        project_weights(agent.actor, "actor", args)  # NORM layer: --weight-norm
+        project_weights(agent.actor)  # NORM layer: --weight-norm
         gradient_step(agent.alpha_optimizer, alpha_loss(agent, log_prob), 0.0)
         losses |= {"losses/actor": loss_pi, "losses/entropy": -log_prob.mean()}
         losses["losses/alpha"] = agent.log_alpha.exp()
@@ -388,8 +386,6 @@ def make_agent(env, args, device):
     agent = SimpleNamespace(device=device)
     agent.actor = Actor(obs_dim, action_dim, args).to(device)
     agent.critic = Critic(obs_dim, action_dim, args).to(device)
-    project_weights(agent.actor, "actor", args)  # NORM layer: before the targets are copied
-    project_weights(agent.critic, "critic", args)  # NORM layer: before the targets are copied
     agent.critic_target = copy.deepcopy(agent.critic) if args.target_network else agent.critic
     agent.temperature = nn.ParameterDict({"log_alpha": torch.zeros(())}).to(device)
     agent.log_alpha = agent.temperature["log_alpha"]  # so that alpha > 0
@@ -419,8 +415,7 @@ def train(args):
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     cpu = torch.cpu.get_capabilities()
     if cpu.get("avx512_f") and not cpu.get("amx_tile"):
-        # for speed: takes oneDNN, which computes in float32 unless the processor has AMX
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN, in float32 without AMX
     seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])

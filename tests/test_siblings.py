@@ -15,7 +15,7 @@ TEXTS = {name: (ROOT / f"{name}.py").read_text() for name in NAMES}
 ALGORITHM = {"Args", "make_net", "Actor", "Critic", "update", "act", "make_agent", "train"}
 ALGORITHM |= {"check_options"}
 ACROSS = ALGORITHM | {"gradient_step", "explore", "evaluate", "norm_scalars"}
-ACROSS |= {"make_env", "load_policy"}
+ACROSS |= {"make_env", "load_policy", "add_norm"}
 IMAGES = {"norm_layer", "add_norm"}  # of REINFORCE, which knows convolutions
 ON_POLICY = {"make_batch", "policy_loss", "as_input", "explore", "state_value"}
 DIFFER = {pair: ACROSS | IMAGES for pair in combinations(NAMES, 2)}
@@ -23,12 +23,12 @@ DIFFER["reinforce_bn", "ppo_bn"] = ALGORITHM | IMAGES | ON_POLICY | {"make_env"}
 DIFFER["ppo_bn", "ddpg_bn"] = DIFFER["ppo_bn", "sac_bn"] = ACROSS
 DIFFER["ddpg_bn", "sac_bn"] = ALGORITHM | {"critic_loss", "actor_loss", "q_errors"}
 
-# Lines, kilobytes, lines stripped, where train ends, lines of its longest loop: these may only fall.
+# Lines, kilobytes, lines stripped, where train ends, lines of its longest loop: these only fall.
 LIMITS = {
     "reinforce_bn": (708, 36.8, 510, 412, 50),
     "ppo_bn": (682, 35.3, 519, 426, 50),
-    "ddpg_bn": (719, 37.7, 491, 436, 50),
-    "sac_bn": (765, 40.5, 525, 479, 50),
+    "ddpg_bn": (713, 37.2, 489, 430, 50),
+    "sac_bn": (760, 40, 523, 474, 50),
 }
 
 
