@@ -414,7 +414,7 @@ def train(args):
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
 def evaluate(agent, envs, args):
-    """Play without noise, and learn nothing; return n returns, and {name: value} beside them."""
+    """Play without noise, learning nothing: return each episode's return, and {name: value}."""
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     obs = np.array([env.reset(seed=1_000_000 + k)[0] for k, env in enumerate(envs)])
     returns, playing = np.zeros(len(envs)), np.ones(len(envs), bool)
@@ -488,7 +488,7 @@ def checked(values):
 
 
 def make_env(args, run=None):
-    """Return an environment; it takes actions in [-1, 1], or discrete ones; run: for videos/."""
+    """Return an environment with actions in [-1, 1], or discrete ones; `run` keeps its videos."""
     video = {"render_mode": "rgb_array"} if run and args.capture_video else {}
     env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
     if env.spec.max_episode_steps is None:

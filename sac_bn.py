@@ -476,7 +476,7 @@ def train(args):
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
 def evaluate(agent, env, args):
-    """Play without noise, and learn nothing; return returns, and {name: value} beside them."""
+    """Play without noise, learning nothing: return each episode's return, and {name: value}."""
     returns, scalars = [], {}
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     errors = []  # NORM report: of Q
@@ -562,7 +562,7 @@ def checked(values):
 
 
 def make_env(args, run=None):
-    """Return an environment of float32 vectors and actions in [-1, 1]; run: for whose videos/."""
+    """Return an environment of float32 vectors and actions in [-1, 1]; `run` keeps its videos."""
     video = {"render_mode": "rgb_array"} if run and args.capture_video else {}
     env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
     if env.spec.max_episode_steps is None:

@@ -41,7 +41,7 @@ MUTATIONS = {
         ("ppo_bn", "obs = None  # a resumed run", "pass  # a resumed run")
     ],
     "test_on_policy.py::test_evaluation_in_train_mode_uses_the_batch_and_moves_nothing": [
-        ("reinforce_bn", "copy.deepcopy(self.actor).train()", "self.actor.train()")
+        ("reinforce_bn", "agent.actor = copy.deepcopy(actor)", "agent.actor = actor")
     ],
 }
 CASES = [(*change, test) for test, changes in MUTATIONS.items() for change in changes]
