@@ -131,5 +131,7 @@ def test_weight_norm_holds_from_the_start_and_after_updates(script):
             for net, is_one in ((agent.actor, norm_net == "both"), (agent.critic, True)):
                 assert torch.allclose(lengths(net)[0], torch.ones(())) == is_one
             update(script, agent, batch, args)
+    agent, _, _ = make_agent(script=script, norm="batchnorm")
+    assert not torch.allclose(lengths(agent.critic)[0], torch.ones(()))
     with pytest.raises(ValueError, match="--weight-norm needs a normalization layer"):
         script.Args(weight_norm=True)
