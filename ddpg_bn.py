@@ -13,7 +13,7 @@ D1  Uniformly random actions at first, then uncorrelated Gaussian noise (TD3, ar
 D2  A time-out is not a death: the target goes on through it (Pardo et al., arXiv 1712.00378).
 D3  The action enters the critic at its input (TD3), not at its second hidden layer (Sec. 7).
 D4  Constants are those of TD3 and CleanRL. The paper's: --actor-lr 1e-4 --batch-size 64 --tau 0.001
-    --hidden-sizes 400 300 --action-layer 1, with weight decay and correlated noise (Sec. 7).
+    --hidden-sizes 400 300 --action-layer 1. Its weight decay and correlated noise are not here.
 """
 
 import copy
@@ -40,9 +40,8 @@ from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: all that the scripts share
+from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: running statistics
 
-ACTIVATION = nn.ReLU  # of hidden layers
 # NORM begin: flag: the choices of --norm
 Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
 # NORM end
@@ -102,8 +101,8 @@ class Args:
 class BatchRenorm(nn.BatchNorm1d):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with CrossQ's bounds and epsilon.
 
-    y = gamma (x_hat r + d) + beta, where x_hat is batch norm's, and the constants r = std_B / std
-    and d = (mean_B - mean) / std, if not clipped, make the output that of eval mode.
+    y = weight (x_hat r + d) + bias, where x_hat is batch norm's. The constants r = std_B / std and
+    d = (mean_B - mean) / std, unless clipped, give the output of eval mode. rstd is 1 / std_B.
     """
 
     def __init__(self, features, momentum, warmup):
@@ -141,7 +140,7 @@ def add_norm(net, name, args):
         return
     for k in reversed(range(1, len(net), 2)):  # the activations, last one first, as they shift
         hidden = net[k - 1]
-        hidden.has_unit_length = args.weight_norm
+        hidden.has_unit_length = args.weight_norm  # project_weights asks for it
         if "post" in args.norm_position:
             net.insert(k + 1, norm_layer(hidden.out_features, args))
         if "pre" in args.norm_position:
@@ -155,8 +154,8 @@ def add_norm(net, name, args):
 def project_weights(net):
     """With --weight-norm, give weights and bias of a hidden unit, as one vector, length 1 (XQC).
 
-    With batch norm behind, only their direction matters, and the longer they are, the less a
-    gradient step turns them. At length 1 the learning rate stays what it is set to.
+    With batch norm behind, also behind a ReLU, only their direction matters, and the longer they
+    are, the less a gradient step turns them. At length 1 the learning rate stays what it is set to.
     """
     for layer in net.modules():
         if getattr(layer, "has_unit_length", False):
@@ -171,7 +170,7 @@ def make_net(*sizes):
     """Return linear layers from sizes[0] features to sizes[-1], all but the last one activated."""
     layers = []
     for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), ACTIVATION()]
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     for parameter in layers[-2].parameters():  # first actions and values are near 0 (Sec. 7)
         nn.init.uniform_(parameter, -3e-3, 3e-3)
     return nn.Sequential(*layers[:-1])
@@ -183,7 +182,7 @@ class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.net = make_net(obs_dim, *args.hidden_sizes, action_dim)
-        add_norm(self.net, "actor", args)  # NORM layer: on s
+        add_norm(self.net, "actor", args)  # NORM layer: inserted in place
 
     def forward(self, obs):
         return torch.tanh(self.net(obs))
@@ -195,7 +194,7 @@ class Critic(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         sizes, k = (obs_dim, *args.hidden_sizes), args.action_layer
-        before = [nn.Linear(sizes[0], sizes[1]), ACTIVATION()] if k else []  # a joins (D3)
+        before = [nn.Linear(sizes[0], sizes[1]), nn.ReLU()] if k else []  # a joins (D3)
         self.obs_net = nn.Sequential(*before)
         self.net = make_net(sizes[k] + action_dim, *sizes[k + 1 :], 1)
         add_norm(self.obs_net if k else self.net, "critic", args)  # NORM layer: on s, or on (s, a)
@@ -217,7 +216,7 @@ def q_values(agent, batch, next_action, args):
     if args.bn_joint:
         both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
         q, q_next = agent.critic.train()(*both).chunk(2)
-        if args.target_network:  # then this q_next has only shared in the statistics
+        if args.target_network:  # replaces this q_next, which only shared in the statistics
             agent.critic_target.train(args.bn_target == "train")
             inputs = both if args.bn_target == "train" else (batch.next_obs, next_action)
             with torch.no_grad():
@@ -234,7 +233,7 @@ def q_values(agent, batch, next_action, args):
 def critic_loss(agent, batch, args):
     """Return the mean of (Q(s, a) - y)^2 (Eq. 4), and Q(s, a), (n,)."""
     with torch.no_grad():
-        agent.actor_target.eval()  # NORM mode: a' is not learnt from, so it moves no statistics
+        agent.actor_target.eval()  # NORM mode: a' comes from running statistics, as in acting
         next_action = agent.actor_target(batch.next_obs)
     q, q_next = q_values(agent, batch, next_action, args)
     td_target = batch.reward + args.gamma * (1 - batch.terminated) * q_next  # y (Eq. 5, D2)
@@ -244,8 +243,8 @@ def critic_loss(agent, batch, args):
 def actor_loss(agent, batch, args):
     """Return -mean Q(s, mu(s)), whose gradient reaches mu through the action (Eq. 6)."""
     agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
-    # NORM mode: in train mode batch norm gives each feature the mean beta, whatever mu does. Last
-    # NORM mode: before the output, it makes mean Q = w beta + b: no gradient is left but rounding.
+    # NORM mode: train mode gives each feature of the batch the mean beta, whatever mu does. If such
+    # NORM mode: a layer feeds the output (w, b), mean Q = w beta + b: what is left is rounding.
     agent.critic.train(args.bn_policy_critic == "train")  # NORM mode: train is naive, eval repairs
     return -agent.critic(batch.obs, agent.actor(batch.obs)).mean()
 
@@ -255,7 +254,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)  # so the actor's loss gives the critic no gradient
-    if max_grad_norm:
+    if max_grad_norm:  # as clip_grad_norm_ does, but faster
         gradients = [parameter.grad for parameter in parameters]
         length = torch.stack(torch._foreach_norm(gradients)).norm()
         torch._foreach_mul_(gradients, (max_grad_norm / (length + 1e-6)).clamp(max=1.0))
@@ -266,8 +265,8 @@ def gradient_step(optimizer, loss, max_grad_norm):
 def update_target(target, source, tau):
     """theta' <- (1 - tau) theta' + tau theta (Algorithm 1)."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-    for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: copy the
-        old.copy_(new)  # NORM target: running statistics, which are buffers, not parameters
+    for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: of layers
+        old.copy_(new)  # NORM target: running statistics are no parameters: copied, not averaged
 
 
 def update(agent, batch, args):
@@ -321,7 +320,7 @@ def sample_batch(agent, rng, args):
     """Return a Batch from the replay as the networks take it."""
     batch = agent.buffer.sample(rng, args.batch_size)
     # NORM begin: obs: the replay stays raw, and is normalized by the statistics of now
-    obs, next_obs = (agent.obs_filter(x, update=False) for x in (batch.obs, batch.next_obs))
+    obs, next_obs = (agent.obs_filter(x) for x in (batch.obs, batch.next_obs))
     batch = batch._replace(obs=obs, next_obs=next_obs)
     if args.reward_norm:
         batch = batch._replace(reward=agent.reward_scale(batch.reward))
@@ -332,7 +331,7 @@ def sample_batch(agent, rng, args):
 @torch.no_grad()
 def act(agent, obs):
     """Return mu(s), (action_dim,), for one observation, (obs_dim,)."""
-    obs = agent.obs_filter(obs, update=False)  # NORM obs: the policy sees what it learns from
+    obs = agent.obs_filter(obs)  # NORM obs: as in sample_batch
     agent.actor.eval()  # NORM mode: one observation has no batch statistics
     obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.device).unsqueeze(0)
     return agent.actor(obs).squeeze(0).cpu().numpy()
@@ -354,9 +353,9 @@ def make_agent(env, args, device):
     agent.obs_stat = RunningStat(obs_dim)  # of all states that training meets
     agent.obs_filter = ZFilter(obs_dim, demean=False, destd=False, clip=None)  # the identity
     if "zfilter" in args.norm:
-        agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # by these, as they grow
+        agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # by running statistics
     if "fixed" in args.norm:
-        agent.obs_filter = ZFilter(obs_dim)  # by those of a file, which stay
+        agent.obs_filter = ZFilter(obs_dim)  # by constant ones
         if not args.resume:  # a checkpoint holds the statistics, too
             agent.obs_filter.stat.load(args.norm_stats, env=args.env)
     agent.reward_scale = RewardScale(1, args.gamma)  # for --reward-norm
@@ -366,18 +365,18 @@ def make_agent(env, args, device):
 
 def train(args):
     """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
-    torch.set_num_threads(1)  # more gain small networks little, and lose much on busy cores
+    torch.set_num_threads(1)  # more are slower where cores are busy, and here hardly faster
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     cpu = torch.cpu.get_capabilities()
     if cpu.get("avx512_f") and not cpu.get("amx_tile"):
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN, in float32 without AMX
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # takes oneDNN; float32 without AMX
     seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
     np.random.seed(seeds[0])
     rng = np.random.default_rng(seeds[1])
     env = make_env(args)
-    env.unwrapped.reset(seed=seeds[2])
+    env.unwrapped.reset(seed=seeds[2])  # makes the generator that Run saves
     env.action_space.seed(seeds[3])
     agent = make_agent(env, args, device)
     run = Run(args, agent, [rng, env.unwrapped.np_random, env.action_space.np_random])
@@ -396,7 +395,7 @@ def train(args):
                 action = (act(agent, obs) + noise).clip(-1, 1)  # mu(s) + N(0, noise) (D1)
             # step
             next_obs, reward, terminated, truncated, _ = env.step(action)
-            agent.obs_stat.push(next_obs)  # NORM obs: in evaluation and from the replay none does
+            agent.obs_stat.push(next_obs)  # NORM obs: but none of replay or evaluation
             done = terminated or truncated
             agent.reward_scale.learn(reward, done)  # NORM reward: each reward counts once
             run.step += 1
@@ -410,16 +409,16 @@ def train(args):
                 run.updates += 1
                 if run.step % 1000 == 0:
                     run.log(losses)
-                    run.log(norm_scalars(agent, batch))  # NORM report: changes nothing
+                    run.log(norm_scalars(agent, batch))  # NORM report: no effect on learning
             # report
             if args.eval_every and run.step % args.eval_every == 0 and run.step < args.total_steps:
-                run.evaluate(*evaluate(agent, eval_env, args))
+                run.log_evaluation(evaluate(agent, eval_env, args))
             if done:
                 run.log({"charts/episodic_return": env.return_queue[-1]})
                 if run.step // args.save_every > run.saved // args.save_every:
                     run.save()
         run.log(losses)
-        run.evaluate(*evaluate(agent, eval_env, args))
+        run.log_evaluation(evaluate(agent, eval_env, args))
         run.save()
     except FloatingPointError as error:
         return run.finish(f"diverged at step {run.step}: {error}")
@@ -432,9 +431,9 @@ def train(args):
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
 def evaluate(agent, env, args):
-    """Play without noise, learning nothing: return each episode's return, and {name: value}."""
-    returns, scalars = [], {}
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Play without noise, learning nothing; return {name: value} of the episodes."""
+    returns = []
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # to restore
     errors = []  # NORM report: of Q
     for k in range(args.eval_episodes):
         obs, _ = env.reset(seed=1_000_000 + k)  # the same starts each time
@@ -446,12 +445,13 @@ def evaluate(agent, env, args):
             obs, done = next_obs, terminated or truncated
         returns.append(np.sum([reward for _, _, reward in episode]))
         errors.extend(q_errors(agent, episode, terminated, args))  # NORM report: of Q
+    scalars = {"eval/return": np.mean(returns), "eval/return_std": np.std(returns)}
     if errors:  # NORM report: none if every episode was cut too early
         scalars["norm/q_bias"] = np.mean(errors)  # NORM report: see q_errors
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])
-    return returns, scalars
+    return scalars
 
 
 # NORM begin: report: what normalization does to a run, made visible
@@ -468,7 +468,7 @@ def q_errors(agent, episode, terminated, args):
     obs, action, rewards = map(np.array, zip(*episode, strict=True))
     if args.reward_norm:
         rewards = agent.reward_scale(rewards)  # Q is of scaled ones
-    inputs = agent.obs_filter(obs, update=False), action
+    inputs = agent.obs_filter(obs), action
     inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
     q, g = agent.critic.eval()(*inputs).cpu().numpy(), np.array([*rewards, 0.0])
     for t in reversed(range(len(q))):
@@ -507,8 +507,8 @@ def norm_scalars(agent, batch):
 # ----------------------------------------------------------------- Environment and files of a run
 def checked(values):
     """Return values if all are finite; raise FloatingPointError, which ends the run as diverged."""
-    if not np.isfinite(values).all():
-        raise FloatingPointError("an observation, an action or a reward is not finite")
+    if not torch.as_tensor(values).isfinite().all():
+        raise FloatingPointError("a number of the environment or of the policy is not finite")
     return values
 
 
@@ -518,7 +518,7 @@ def make_env(args, run=None):
     env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)
-        if run:  # the one for evaluation, so that it is said once
+        if run:  # the one for evaluation says it for both
             print(f"{args.env} sets no time limit: episodes end after 10000 steps", flush=True)
     if video:
         folder, name = str(run.dir / "videos"), f"from-step{run.step}"
@@ -538,8 +538,7 @@ def make_env(args, run=None):
     env = gym.wrappers.TransformObservation(env, to_vector, gym.spaces.flatten_space(obs_space))
     env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
     env = gym.wrappers.TransformReward(env, lambda reward: float(checked(np.squeeze(reward))))
-    # a key of its own, since an environment may have "episode" in its info already
-    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="of this run")
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="ours")  # "episode" may be taken
 
 
 def check_options(args):
@@ -550,8 +549,9 @@ def check_options(args):
     one_each = max(len(layers), len(filters)) <= 1 and len(layers + filters) == len(args.norm)
     is_batch = layers not in ([], ["layernorm"])
     # NORM end
-    needs = [  # (options, requirement, whether it is met), asked of options that were changed
-        ("eval_episodes save_every", "1 or more", min(args.eval_episodes, args.save_every) > 0),
+    needs = [  # (options, what one of them needs if it was changed, whether that is met)
+        ("eval_episodes", "1 or more", args.eval_episodes > 0),
+        ("save_every", "1 or more", args.save_every > 0),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
         ("action_layer", "two hidden layers", len(args.hidden_sizes) > 1),
         ("tau", "target networks", args.target_network),
@@ -562,7 +562,7 @@ def check_options(args):
         ("weight_norm", "--action-layer 0", args.action_layer == 0),
         ("norm_position", "input, pre or post", {*args.norm_position} & {"input", "pre", "post"}),
         ("bn_momentum bn_target bn_policy_critic bn_joint", "batch norm", is_batch),
-        ("bn_policy_critic bn_joint bn_target", "a critic with it", args.norm_net != "actor"),
+        ("bn_policy_critic bn_joint bn_target", "a critic with layers", args.norm_net != "actor"),
         ("bn_target", "target networks", args.target_network),
         ("bn_warmup", "--norm batchrenorm", "batchrenorm" in args.norm),
         ("batch_size", "2 or more for batch norm", args.batch_size > 1 or not is_batch),
@@ -570,9 +570,10 @@ def check_options(args):
         ("norm", "--norm-stats if it is fixed", args.norm_stats or "fixed" not in args.norm),
         # NORM end
     ]
-    for names, what, is_there in needs:
+    for names, what, is_met in needs:
         for name in names.split():
-            if getattr(args, name) != getattr(Args, name) and not is_there:
+            is_asked = name in FREE or not args.resume  # load compares the others
+            if is_asked and getattr(args, name) != getattr(Args, name) and not is_met:
                 raise ValueError(f"--{name.replace('_', '-')} needs {what}")
 
 
@@ -588,7 +589,7 @@ def write(path, save):
 
 
 class Run:
-    """The files of a run, and its progress; it knows nothing of algorithms."""
+    """The files of a run, and its progress, whatever the algorithm."""
 
     def __init__(self, args, agent, generators):
         self.args, self.agent = args, agent
@@ -609,8 +610,8 @@ class Run:
         write(self.dir / "args.json", lambda file: file.write_text(json.dumps(about, indent=2)))
         (self.dir / "result.json").unlink(missing_ok=True)  # of a run that now goes further
         self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
-        panel = {name: ["Multiline", [name]] for name in SCALARS}  # NORM report: a page of its own
-        self.writer.add_custom_scalars({"Normalization": panel})  # NORM report: that comes first
+        panel = {name: ["Multiline", [name]] for name in SCALARS}  # NORM report: a chart for each
+        self.writer.add_custom_scalars({"Normalization": panel})  # NORM report: on the first page
         self.bar = tqdm(total=args.total_steps, initial=self.step, unit="step", disable=None)
         print(f"run: {self.dir}", flush=True)
         if len(self.generators) < len(generators):
@@ -626,15 +627,15 @@ class Run:
             if not np.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}")
 
-    def evaluate(self, returns, scalars):
-        """Log and show the returns of the episodes of an evaluation, and scalars beside them."""
-        mean, std = float(np.mean(returns)), float(np.std(returns))
+    def log_evaluation(self, scalars):
+        """Show, keep and log what `evaluate` returned."""
+        mean, std = float(scalars["eval/return"]), float(scalars["eval/return_std"])
         self.bar.write(f"step {self.step}: return {mean:.1f} ± {std:.1f}", sys.stderr)
-        self.log({"eval/return": mean, "eval/return_std": std} | scalars)
+        self.log(scalars)
         self.evals = [e for e in self.evals if e[0] < self.step] + [(self.step, mean, std)]
 
     def save(self):
-        """Write all that the run needs to go on as if it had never stopped."""
+        """Write all that the run needs to go on, from the start of an episode."""
         parts = {k: part for k, part in vars(self.agent).items() if hasattr(part, "state_dict")}
         state = {"args": vars(self.args), "progress": (self.step, self.updates, self.evals)}
         state["agent"] = {name: part.state_dict() for name, part in parts.items()}
@@ -643,9 +644,8 @@ class Run:
         state["random"] = json.dumps(numbers, default=np.ndarray.tolist)
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         state["torch"] = torch.get_rng_state(), gpus
-        # NORM begin: save: for people, and for --norm fixed
-        write(self.dir / "obs_stats.npz", lambda x: self.agent.obs_stat.save(x, env=self.args.env))
-        # NORM end
+        stats = self.dir / "obs_stats.npz"  # NORM save: for --norm fixed
+        write(stats, lambda x: self.agent.obs_stat.save(x, env=self.args.env))  # NORM save: and env
         self.writer.flush()  # a resumed run writes only the events that follow
         write(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
         self.saved = self.step
@@ -655,8 +655,7 @@ class Run:
         state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         for name, value in vars(self.args).items():
             if name not in FREE and state["args"].get(name) != value:
-                name = name.replace("_", "-")
-                raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
+                raise ValueError(f"{self.dir} is a run with another --{name.replace('_', '-')}")
         for name, part in state["agent"].items():
             getattr(self.agent, name).load_state_dict(part)
         self.step, self.updates, self.evals = state["progress"]

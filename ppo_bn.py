@@ -48,10 +48,9 @@ from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: all that the scripts share
+from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: running statistics
 
-ACTIVATION = nn.Tanh  # of hidden layers
-torch.distributions.Distribution.set_default_validate_args(False)  # NaN ends a run as diverged
+torch.distributions.Distribution.set_default_validate_args(False)  # NaN is for `checked` to find
 # NORM begin: flag: the choices of --norm
 Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
 # NORM end
@@ -112,8 +111,8 @@ class Args:
 class BatchRenorm(nn.BatchNorm1d):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with CrossQ's bounds and epsilon.
 
-    y = gamma (x_hat r + d) + beta, where x_hat is batch norm's, and the constants r = std_B / std
-    and d = (mean_B - mean) / std, if not clipped, make the output that of eval mode.
+    y = weight (x_hat r + d) + bias, where x_hat is batch norm's. The constants r = std_B / std and
+    d = (mean_B - mean) / std, unless clipped, give the output of eval mode. rstd is 1 / std_B.
     """
 
     def __init__(self, features, momentum, warmup):
@@ -168,7 +167,7 @@ def make_net(gain, *sizes):
     """
     layers = []
     for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), ACTIVATION()]
+        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
     for layer in layers[::2]:
         nn.init.orthogonal_(layer.weight, gain if layer is layers[-2] else math.sqrt(2))
         nn.init.zeros_(layer.bias)
@@ -183,14 +182,14 @@ class Actor(nn.Module):
         self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
         outputs = int(action_space.n) if self.is_discrete else action_space.shape[0]
         self.net = make_net(0.01, obs_dim, *args.hidden_sizes, outputs)
-        add_norm(self.net, "actor", args)  # NORM layer: on s
+        add_norm(self.net, "actor", args)  # NORM layer: inserted in place
         if not self.is_discrete:
             self.log_std = nn.Parameter(torch.full((outputs,), math.log(0.5)))  # D3
 
     def forward(self, obs):
         outputs = self.net(obs)
         if self.is_discrete:
-            return torch.distributions.Categorical(logits=outputs)
+            return torch.distributions.Categorical(logits=checked(outputs))
         normal = torch.distributions.Normal(outputs, self.log_std.exp())
         return torch.distributions.Independent(normal, 1)
 
@@ -201,7 +200,7 @@ class Critic(nn.Module):
     def __init__(self, obs_dim, args):
         super().__init__()
         self.net = make_net(1.0, obs_dim, *args.hidden_sizes, 1)
-        add_norm(self.net, "critic", args)  # NORM layer: on s
+        add_norm(self.net, "critic", args)  # NORM layer: inserted in place
 
     def forward(self, obs):
         return self.net(obs).squeeze(1)
@@ -244,7 +243,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward()
-    if max_grad_norm:
+    if max_grad_norm:  # as clip_grad_norm_ does, but faster
         gradients = [parameter.grad for parameter in parameters]
         length = torch.stack(torch._foreach_norm(gradients)).norm()
         torch._foreach_mul_(gradients, (max_grad_norm / (length + 1e-6)).clamp(max=1.0))
@@ -252,9 +251,9 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 
 def update(agent, batch, rng, args):
-    """Learn from a rollout; return losses of the last minibatch (kl: epoch), and steps taken."""
-    agent.actor.train(args.bn_update == "train")  # NORM mode: --bn-update
-    agent.critic.train(args.bn_update == "train")  # NORM mode: --bn-update
+    """Learn from a rollout; return losses, mostly of the last minibatch, and the steps taken."""
+    agent.actor.train(args.bn_update == "train")  # NORM mode: train: no longer the pi that acted
+    agent.critic.train(args.bn_update == "train")  # NORM mode: train: moves running statistics
     taken, losses = 0, {}
     for _ in range(args.epochs):
         rows, log_ratios = rng.permutation(len(batch.obs)), []
@@ -271,8 +270,7 @@ def update(agent, batch, rng, args):
             log_ratio = log_ratio.detach()
             log_ratios.append(log_ratio)
             taken += 1
-            # NORM begin: report: max |ratio - 1| before a weight changes: 0 if acting had this mode
-            # and these statistics
+            # NORM begin: report: max |ratio - 1| before any step: 0 if acting normalized alike
             if taken == 1:
                 losses["norm/first_ratio"] = (log_ratio.exp() - 1).abs().max().clamp(max=1e6)
             # NORM end
@@ -287,31 +285,31 @@ def update(agent, batch, rng, args):
 # ------------------------------------------------------------------------------ Acting and memory
 def as_input(agent, obs):
     """Return observations (n, obs_dim) as the networks take them."""
-    obs = agent.obs_filter(obs, update=False)  # NORM obs: a rollout stores it filtered, as here
+    obs = agent.obs_filter(obs)  # NORM obs: here, and nowhere else
     return torch.as_tensor(obs, dtype=torch.float32, device=agent.device)
 
 
 @torch.no_grad()
 def act(agent, obs):
     """Return the likeliest actions, (n, ...), for observations (n, obs_dim)."""
-    agent.actor.eval()  # NORM mode: what a policy does depends on the state alone
+    agent.actor.eval()  # NORM mode: what it does depends on one state alone
     return agent.actor(as_input(agent, obs)).mode.cpu().numpy()
 
 
 @torch.no_grad()
 def explore(agent, obs, args):
-    """Return what the policy saw, pi(.|s) and V(s), for observations (n, obs_dim)."""
-    # NORM obs: what the policy saw is stored, not the raw observation; by a later filter this would
+    """Return the networks' input, pi(.|s) and V(s), for observations (n, obs_dim)."""
+    # NORM obs: what the policy saw is stored, not the raw observation; filtered later, this would
     # NORM obs: get another log-probability, as if another policy had acted.
     obs = as_input(agent, obs)
-    agent.actor.train(args.bn_rollout == "train")  # NORM mode: --bn-rollout
-    agent.critic.train(args.bn_rollout == "train")  # NORM mode: --bn-rollout
+    agent.actor.train(args.bn_rollout == "train")  # NORM mode: train: pi depends on all n states
+    agent.critic.train(args.bn_rollout == "train")  # NORM mode: train: and so does V
     return obs, agent.actor(obs), agent.critic(obs)
 
 
 @torch.no_grad()
 def state_value(agent, obs, args):
-    """Return V(s), (n,), as a bootstrap, for observations (n, obs_dim)."""
+    """Return V(s), (n,), without acting, for observations (n, obs_dim)."""
     agent.critic.train(args.bn_rollout == "train")  # NORM mode: that of the values in explore
     return agent.critic(as_input(agent, obs))
 
@@ -343,9 +341,9 @@ def make_agent(env, args, device):
     agent.obs_stat = RunningStat(obs_dim)  # of all states that training meets
     agent.obs_filter = ZFilter(obs_dim, demean=False, destd=False, clip=None)  # the identity
     if "zfilter" in args.norm:
-        agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # by these, as they grow
+        agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # by running statistics
     if "fixed" in args.norm:
-        agent.obs_filter = ZFilter(obs_dim)  # by those of a file, which stay
+        agent.obs_filter = ZFilter(obs_dim)  # by constant ones
         if not args.resume:  # a checkpoint holds the statistics, too
             agent.obs_filter.stat.load(args.norm_stats, env=args.env)
     agent.reward_scale = RewardScale(args.num_envs, args.gamma)  # for --reward-norm
@@ -355,7 +353,7 @@ def make_agent(env, args, device):
 
 def train(args):
     """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
-    torch.set_num_threads(1)  # more gain small networks little, and lose much on busy cores
+    torch.set_num_threads(1)  # more are slower where cores are busy, and here hardly faster
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     seeds = np.random.SeedSequence(args.seed).generate_state(2 + args.num_envs).tolist()
     torch.manual_seed(seeds[0])
@@ -364,7 +362,7 @@ def train(args):
     rng = np.random.default_rng(seeds[1])
     envs = [make_env(args) for _ in range(args.num_envs)]
     for env, seed in zip(envs, seeds[2:], strict=True):
-        env.unwrapped.reset(seed=seed)
+        env.unwrapped.reset(seed=seed)  # makes the generator that Run saves
     agent = make_agent(envs[0], args, device)
     run = Run(args, agent, [rng, *(env.unwrapped.np_random for env in envs)])
     eval_envs = [make_env(args, run if k == 0 else None) for k in range(args.eval_episodes)]
@@ -384,7 +382,7 @@ def train(args):
                 action = policy.sample()
                 # step
                 next_obs, reward, terminated, truncated = step_all(envs, action.cpu().numpy())
-                agent.obs_stat.push(next_obs)  # NORM obs: in evaluation none does
+                agent.obs_stat.push(next_obs)  # NORM obs: but none of evaluation
                 done = terminated | truncated
                 run.step += args.num_envs
                 if args.reward_norm:  # NORM reward: --reward-norm
@@ -397,7 +395,7 @@ def train(args):
                 for k in np.flatnonzero(done):
                     episode_returns.append(envs[k].return_queue[-1])
                     next_obs[k], _ = envs[k].reset()
-                    agent.obs_stat.push(next_obs[k])  # NORM obs: an episode's first one, too
+                    agent.obs_stat.push(next_obs[k])  # NORM obs: the first one of an episode, too
                 obs = next_obs
             # learn
             rollout = Rollout(*map(torch.stack, zip(*steps, strict=True)))
@@ -406,17 +404,17 @@ def train(args):
             run.updates += taken
             # report
             run.log(losses)
-            run.log(norm_scalars(agent, batch))  # NORM report: changes nothing
+            run.log(norm_scalars(agent, batch))  # NORM report: no effect on learning
             if episode_returns:
                 run.log({"charts/episodic_return": np.mean(episode_returns)})
             due = args.eval_every and run.step // args.eval_every > before // args.eval_every
             last = run.step >= args.total_steps
             if due and not last:
-                run.evaluate(*evaluate(agent, eval_envs, args))
+                run.log_evaluation(evaluate(agent, eval_envs, args))
             if run.step // args.save_every > run.saved // args.save_every and not last:
                 run.save()
                 obs = None  # a resumed run cannot go on within an episode, so neither does this one
-        run.evaluate(*evaluate(agent, eval_envs, args))
+        run.log_evaluation(evaluate(agent, eval_envs, args))
         run.save()
     except FloatingPointError as error:
         return run.finish(f"diverged at step {run.step}: {error}")
@@ -428,8 +426,8 @@ def train(args):
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
 def evaluate(agent, envs, args):
-    """Play without noise, learning nothing: return each episode's return, and {name: value}."""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Play without noise, learning nothing; return {name: value} of the episodes."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # to restore
     obs = np.array([env.reset(seed=1_000_000 + k)[0] for k, env in enumerate(envs)])
     returns, playing = np.zeros(len(envs)), np.ones(len(envs), bool)
     while playing.any():
@@ -442,7 +440,7 @@ def evaluate(agent, envs, args):
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])
-    return returns, {}
+    return {"eval/return": np.mean(returns), "eval/return_std": np.std(returns)}
 
 
 # NORM begin: report: what normalization does to a run, made visible
@@ -451,16 +449,13 @@ SCALARS = "norm/first_ratio", "norm/stat_lag"
 
 @torch.no_grad()
 def norm_scalars(agent, batch):
-    """Return {name: value} about the last update, from its batch:
-
-    stat_lag: mean over features and batch norms of |running mean - batch mean| / batch std.
-    """
-    nets, lags = ((agent.actor.net, [batch.obs]), (agent.critic, [batch.obs])), []
-    for net, inputs in nets:
+    """Return {"norm/stat_lag": mean over features of |running mean - batch mean| / batch std}."""
+    lags = []
+    for net in (agent.actor.net, agent.critic.net):
         fresh = copy.deepcopy(net).train()
         for layer in fresh.modules():
             layer.momentum = 1.0  # a pass makes running statistics those of its batch
-        fresh(*inputs)
+        fresh(batch.obs)
         for old, new in zip(net.modules(), fresh.modules(), strict=True):
             if hasattr(old, "running_mean"):
                 std = (new.running_var + new.eps).sqrt()
@@ -472,8 +467,8 @@ def norm_scalars(agent, batch):
 # ----------------------------------------------------------------- Environment and files of a run
 def checked(values):
     """Return values if all are finite; raise FloatingPointError, which ends the run as diverged."""
-    if not np.isfinite(values).all():
-        raise FloatingPointError("an observation, an action or a reward is not finite")
+    if not torch.as_tensor(values).isfinite().all():
+        raise FloatingPointError("a number of the environment or of the policy is not finite")
     return values
 
 
@@ -483,7 +478,7 @@ def make_env(args, run=None):
     env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)
-        if run:  # the one of them that tells and records
+        if run:  # one environment says it for all
             print(f"{args.env} sets no time limit: episodes end after 10000 steps", flush=True)
     if video:
         folder, name = str(run.dir / "videos"), f"from-step{run.step}"
@@ -509,8 +504,7 @@ def make_env(args, run=None):
     env = gym.wrappers.TransformObservation(env, to_input, gym.spaces.flatten_space(obs_space))
     env = gym.wrappers.TransformAction(env, to_env, actions)
     env = gym.wrappers.TransformReward(env, lambda reward: float(checked(np.squeeze(reward))))
-    # a key of its own, since an environment may have "episode" in its info already
-    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="of this run")
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="ours")  # "episode" may be taken
 
 
 def check_options(args):
@@ -521,12 +515,13 @@ def check_options(args):
     one_each = max(len(layers), len(filters)) <= 1 and len(layers + filters) == len(args.norm)
     is_batch = layers not in ([], ["layernorm"])
     # NORM end
-    steps = args.num_envs * args.num_steps
-    sizes = steps % args.minibatches == 0 and steps >= 2 * args.minibatches
-    needs = [  # (options, requirement, whether it is met), asked of options that were changed
-        ("eval_episodes save_every", "1 or more", min(args.eval_episodes, args.save_every) > 0),
+    steps, parts = args.num_envs * args.num_steps, args.minibatches
+    equal = args.epochs > 0 and parts > 0 and steps % parts == 0 and steps >= 2 * parts
+    needs = [  # (options, what one of them needs if it was changed, whether that is met)
+        ("eval_episodes", "1 or more", args.eval_episodes > 0),
+        ("save_every", "1 or more", args.save_every > 0),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
-        ("num_envs num_steps minibatches", "equal minibatches of 2 or more", sizes),
+        ("epochs num_envs num_steps minibatches", "equal minibatches of 2 or more", equal),
         # NORM begin: flag: an option that would change nothing is a mistake
         ("norm", "one layer, one filter, or one of each", one_each),
         ("norm_position norm_net", "a normalization layer", layers),
@@ -534,14 +529,15 @@ def check_options(args):
         ("bn_momentum bn_rollout bn_update", "batch norm", is_batch),
         ("bn_momentum", "train mode", "train" in (args.bn_rollout, args.bn_update)),
         ("bn_warmup", "--norm batchrenorm", "batchrenorm" in args.norm),
-        ("num_envs", "2 or more for batch norm", args.num_envs > 1 or not is_batch),
+        ("num_envs", "2 to act in train mode", args.num_envs > 1 or args.bn_rollout == "eval"),
         ("norm_stats", "--norm fixed", "fixed" in args.norm),
         ("norm", "--norm-stats if it is fixed", args.norm_stats or "fixed" not in args.norm),
         # NORM end
     ]
-    for names, what, is_there in needs:
+    for names, what, is_met in needs:
         for name in names.split():
-            if getattr(args, name) != getattr(Args, name) and not is_there:
+            is_asked = name in FREE or not args.resume  # load compares the others
+            if is_asked and getattr(args, name) != getattr(Args, name) and not is_met:
                 raise ValueError(f"--{name.replace('_', '-')} needs {what}")
 
 
@@ -557,7 +553,7 @@ def write(path, save):
 
 
 class Run:
-    """The files of a run, and its progress; it knows nothing of algorithms."""
+    """The files of a run, and its progress, whatever the algorithm."""
 
     def __init__(self, args, agent, generators):
         self.args, self.agent = args, agent
@@ -578,8 +574,8 @@ class Run:
         write(self.dir / "args.json", lambda file: file.write_text(json.dumps(about, indent=2)))
         (self.dir / "result.json").unlink(missing_ok=True)  # of a run that now goes further
         self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
-        panel = {name: ["Multiline", [name]] for name in SCALARS}  # NORM report: a page of its own
-        self.writer.add_custom_scalars({"Normalization": panel})  # NORM report: that comes first
+        panel = {name: ["Multiline", [name]] for name in SCALARS}  # NORM report: a chart for each
+        self.writer.add_custom_scalars({"Normalization": panel})  # NORM report: on the first page
         self.bar = tqdm(total=args.total_steps, initial=self.step, unit="step", disable=None)
         print(f"run: {self.dir}", flush=True)
         if len(self.generators) < len(generators):
@@ -595,15 +591,15 @@ class Run:
             if not np.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}")
 
-    def evaluate(self, returns, scalars):
-        """Log and show the returns of the episodes of an evaluation, and scalars beside them."""
-        mean, std = float(np.mean(returns)), float(np.std(returns))
+    def log_evaluation(self, scalars):
+        """Show, keep and log what `evaluate` returned."""
+        mean, std = float(scalars["eval/return"]), float(scalars["eval/return_std"])
         self.bar.write(f"step {self.step}: return {mean:.1f} ± {std:.1f}", sys.stderr)
-        self.log({"eval/return": mean, "eval/return_std": std} | scalars)
+        self.log(scalars)
         self.evals = [e for e in self.evals if e[0] < self.step] + [(self.step, mean, std)]
 
     def save(self):
-        """Write all that the run needs to go on as if it had never stopped."""
+        """Write all that the run needs to go on, from the start of an episode."""
         parts = {k: part for k, part in vars(self.agent).items() if hasattr(part, "state_dict")}
         state = {"args": vars(self.args), "progress": (self.step, self.updates, self.evals)}
         state["agent"] = {name: part.state_dict() for name, part in parts.items()}
@@ -612,9 +608,8 @@ class Run:
         state["random"] = json.dumps(numbers, default=np.ndarray.tolist)
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         state["torch"] = torch.get_rng_state(), gpus
-        # NORM begin: save: for people, and for --norm fixed
-        write(self.dir / "obs_stats.npz", lambda x: self.agent.obs_stat.save(x, env=self.args.env))
-        # NORM end
+        stats = self.dir / "obs_stats.npz"  # NORM save: for --norm fixed
+        write(stats, lambda x: self.agent.obs_stat.save(x, env=self.args.env))  # NORM save: and env
         self.writer.flush()  # a resumed run writes only the events that follow
         write(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
         self.saved = self.step
@@ -624,8 +619,7 @@ class Run:
         state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         for name, value in vars(self.args).items():
             if name not in FREE and state["args"].get(name) != value:
-                name = name.replace("_", "-")
-                raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
+                raise ValueError(f"{self.dir} is a run with another --{name.replace('_', '-')}")
         for name, part in state["agent"].items():
             getattr(self.agent, name).load_state_dict(part)
         self.step, self.updates, self.evals = state["progress"]

@@ -1,11 +1,11 @@
 """SAC in one file (Haarnoja et al. 2018, Soft Actor-Critic Algorithms and Applications).
 
 python sac_bn.py --env Ant-v4
-From naive batch norm to what works now, each line one option more:  # NORM flag: the ladder
+From naive batch norm to what works, each line adds to the last:  # NORM flag: the ladder
 python sac_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: naive, to watch it fail
     --bn-policy-critic eval  # NORM flag: the actor's loss uses statistics that it cannot move
     --bn-joint  # NORM flag: (s, a) and (s', a') share their statistics
-    --bn-target train  # NORM flag: in the target critic, too: the recipe of XQC and FlashSAC
+    --bn-target train  # NORM flag: so does the target critic: the recipe of XQC and FlashSAC
     --weight-norm  # NORM flag: weights of fixed length keep the learning rate that was set
     --reward-norm  # NORM flag: Q has one scale in every environment
 CrossQ (Bhatt et al. 2024) is a branch after --bn-joint:  # NORM flag: without a target network
@@ -23,7 +23,7 @@ D1  Uniformly random actions at first (Spinning Up, TD3). Evaluation plays the p
 D2  A time-out is not a death: the target goes on through it (Pardo et al., arXiv 1712.00378).
 D3  Actions are in [-1, 1], and scaled to the environment's bounds outside the policy; so the target
     entropy means the same in all units.
-D4  Learning rates are those of the SAC beside CrossQ. The paper's (Appendix D): --actor-lr 3e-4
+D4  Learning rates are those of the SAC in CrossQ's paper. The paper's: --actor-lr 3e-4
     --critic-lr 3e-4 --alpha-lr 3e-4
 """
 
@@ -52,10 +52,9 @@ from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: all that the scripts share
+from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: running statistics
 
-ACTIVATION = nn.ReLU  # of hidden layers
-torch.distributions.Distribution.set_default_validate_args(False)  # NaN ends a run as diverged
+torch.distributions.Distribution.set_default_validate_args(False)  # NaN is for `checked` to find
 # NORM begin: flag: the choices of --norm
 Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
 # NORM end
@@ -118,8 +117,8 @@ class Args:
 class BatchRenorm(nn.BatchNorm1d):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with CrossQ's bounds and epsilon.
 
-    y = gamma (x_hat r + d) + beta, where x_hat is batch norm's, and the constants r = std_B / std
-    and d = (mean_B - mean) / std, if not clipped, make the output that of eval mode.
+    y = weight (x_hat r + d) + bias, where x_hat is batch norm's. The constants r = std_B / std and
+    d = (mean_B - mean) / std, unless clipped, give the output of eval mode. rstd is 1 / std_B.
     """
 
     def __init__(self, features, momentum, warmup):
@@ -157,7 +156,7 @@ def add_norm(net, name, args):
         return
     for k in reversed(range(1, len(net), 2)):  # the activations, last one first, as they shift
         hidden = net[k - 1]
-        hidden.has_unit_length = args.weight_norm
+        hidden.has_unit_length = args.weight_norm  # project_weights asks for it
         if "post" in args.norm_position:
             net.insert(k + 1, norm_layer(hidden.out_features, args))
         if "pre" in args.norm_position:
@@ -171,8 +170,8 @@ def add_norm(net, name, args):
 def project_weights(net):
     """With --weight-norm, give weights and bias of a hidden unit, as one vector, length 1 (XQC).
 
-    With batch norm behind, only their direction matters, and the longer they are, the less a
-    gradient step turns them. At length 1 the learning rate stays what it is set to.
+    With batch norm behind, also behind a ReLU, only their direction matters, and the longer they
+    are, the less a gradient step turns them. At length 1 the learning rate stays what it is set to.
     """
     for layer in net.modules():
         if getattr(layer, "has_unit_length", False):
@@ -187,7 +186,7 @@ def make_net(*sizes):
     """Return linear layers from sizes[0] features to sizes[-1], all but the last one activated."""
     layers = []
     for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), ACTIVATION()]
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -197,7 +196,7 @@ class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.net = make_net(obs_dim, *args.hidden_sizes, 2 * action_dim)
-        add_norm(self.net, "actor", args)  # NORM layer: on s
+        add_norm(self.net, "actor", args)  # NORM layer: inserted in place
 
     def forward(self, obs):
         """Return the median actions."""
@@ -245,7 +244,7 @@ def q_values(agent, batch, next_action, args):
     if args.bn_joint:
         both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
         q, q_next = agent.critic.train()(*both).chunk(2)
-        if args.target_network:  # then this q_next has only shared in the statistics
+        if args.target_network:  # replaces this q_next, which only shared in the statistics
             agent.critic_target.train(args.bn_target == "train")
             inputs = both if args.bn_target == "train" else (batch.next_obs, next_action)
             with torch.no_grad():
@@ -262,7 +261,7 @@ def q_values(agent, batch, next_action, args):
 def critic_loss(agent, batch, args):
     """Return the mean of (Q(s, a) - y)^2, summed over the critics (Eq. 5), and Q(s, a), (n, 2)."""
     with torch.no_grad():
-        agent.actor.eval()  # NORM mode: a' is not learnt from, so the actor's statistics stay
+        agent.actor.eval()  # NORM mode: a' comes from running statistics, as in acting
         next_action, next_log_prob = agent.actor.sample(batch.next_obs)
     q, q_next = q_values(agent, batch, next_action, args)
     q_next = q_next.amin(1) - agent.log_alpha.exp().detach() * next_log_prob
@@ -273,8 +272,8 @@ def critic_loss(agent, batch, args):
 def actor_loss(agent, batch, args):
     """Return the mean of alpha log pi(a|s) - min Q(s, a), a ~ pi (Eq. 9), and log pi(a|s), (n,)."""
     agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
-    # NORM mode: in train mode batch norm gives each feature the mean beta, whatever pi does. Last
-    # NORM mode: before the output, it makes mean Q = w beta + b: only the choice of min Q is left.
+    # NORM mode: train mode gives each feature of the batch the mean beta, whatever pi does. If such
+    # NORM mode: a layer feeds the output (w, b), mean Q = w beta + b: what is left is which is min.
     agent.critic.train(args.bn_policy_critic == "train")  # NORM mode: train is naive, eval repairs
     action, log_prob = agent.actor.sample(batch.obs)
     alpha = agent.log_alpha.exp().detach()
@@ -291,7 +290,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)  # so the actor's loss gives the critic no gradient
-    if max_grad_norm:
+    if max_grad_norm:  # as clip_grad_norm_ does, but faster
         gradients = [parameter.grad for parameter in parameters]
         length = torch.stack(torch._foreach_norm(gradients)).norm()
         torch._foreach_mul_(gradients, (max_grad_norm / (length + 1e-6)).clamp(max=1.0))
@@ -302,8 +301,8 @@ def gradient_step(optimizer, loss, max_grad_norm):
 def update_target(target, source, tau):
     """theta' <- (1 - tau) theta' + tau theta (Algorithm 1)."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-    for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: copy the
-        old.copy_(new)  # NORM target: running statistics, which are buffers, not parameters
+    for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: of layers
+        old.copy_(new)  # NORM target: running statistics are no parameters: copied, not averaged
 
 
 def update(agent, batch, updates, args):
@@ -361,7 +360,7 @@ def sample_batch(agent, rng, args):
     """Return a Batch from the replay as the networks take it."""
     batch = agent.buffer.sample(rng, args.batch_size)
     # NORM begin: obs: the replay stays raw, and is normalized by the statistics of now
-    obs, next_obs = (agent.obs_filter(x, update=False) for x in (batch.obs, batch.next_obs))
+    obs, next_obs = (agent.obs_filter(x) for x in (batch.obs, batch.next_obs))
     batch = batch._replace(obs=obs, next_obs=next_obs)
     if args.reward_norm:
         batch = batch._replace(reward=agent.reward_scale(batch.reward))
@@ -372,7 +371,7 @@ def sample_batch(agent, rng, args):
 @torch.no_grad()
 def act(agent, obs, explores=False):
     """Return the median action, or a ~ pi(a|s), (action_dim,), for one observation, (obs_dim,)."""
-    obs = agent.obs_filter(obs, update=False)  # NORM obs: the policy sees what it learns from
+    obs = agent.obs_filter(obs)  # NORM obs: as in sample_batch
     agent.actor.eval()  # NORM mode: one observation has no batch statistics
     obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.device).unsqueeze(0)
     action = agent.actor.sample(obs)[0] if explores else agent.actor(obs)
@@ -399,9 +398,9 @@ def make_agent(env, args, device):
     agent.obs_stat = RunningStat(obs_dim)  # of all states that training meets
     agent.obs_filter = ZFilter(obs_dim, demean=False, destd=False, clip=None)  # the identity
     if "zfilter" in args.norm:
-        agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # by these, as they grow
+        agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # by running statistics
     if "fixed" in args.norm:
-        agent.obs_filter = ZFilter(obs_dim)  # by those of a file, which stay
+        agent.obs_filter = ZFilter(obs_dim)  # by constant ones
         if not args.resume:  # a checkpoint holds the statistics, too
             agent.obs_filter.stat.load(args.norm_stats, env=args.env)
     agent.reward_scale = RewardScale(1, args.gamma)  # for --reward-norm
@@ -411,18 +410,18 @@ def make_agent(env, args, device):
 
 def train(args):
     """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
-    torch.set_num_threads(1)  # more gain small networks little, and lose much on busy cores
+    torch.set_num_threads(1)  # more are slower where cores are busy, and here hardly faster
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     cpu = torch.cpu.get_capabilities()
     if cpu.get("avx512_f") and not cpu.get("amx_tile"):
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN, in float32 without AMX
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # takes oneDNN; float32 without AMX
     seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
     np.random.seed(seeds[0])
     rng = np.random.default_rng(seeds[1])
     env = make_env(args)
-    env.unwrapped.reset(seed=seeds[2])
+    env.unwrapped.reset(seed=seeds[2])  # makes the generator that Run saves
     env.action_space.seed(seeds[3])
     agent = make_agent(env, args, device)
     run = Run(args, agent, [rng, env.unwrapped.np_random, env.action_space.np_random])
@@ -440,7 +439,7 @@ def train(args):
                 action = act(agent, obs, explores=True)
             # step
             next_obs, reward, terminated, truncated, _ = env.step(action)
-            agent.obs_stat.push(next_obs)  # NORM obs: in evaluation and from the replay none does
+            agent.obs_stat.push(next_obs)  # NORM obs: but none of replay or evaluation
             done = terminated or truncated
             agent.reward_scale.learn(reward, done)  # NORM reward: each reward counts once
             run.step += 1
@@ -454,16 +453,16 @@ def train(args):
                 losses |= update(agent, batch, run.updates, args)
                 if run.step % 1000 == 0:
                     run.log(losses)
-                    run.log(norm_scalars(agent, batch))  # NORM report: changes nothing
+                    run.log(norm_scalars(agent, batch))  # NORM report: no effect on learning
             # report
             if args.eval_every and run.step % args.eval_every == 0 and run.step < args.total_steps:
-                run.evaluate(*evaluate(agent, eval_env, args))
+                run.log_evaluation(evaluate(agent, eval_env, args))
             if done:
                 run.log({"charts/episodic_return": env.return_queue[-1]})
                 if run.step // args.save_every > run.saved // args.save_every:
                     run.save()
         run.log(losses)
-        run.evaluate(*evaluate(agent, eval_env, args))
+        run.log_evaluation(evaluate(agent, eval_env, args))
         run.save()
     except FloatingPointError as error:
         return run.finish(f"diverged at step {run.step}: {error}")
@@ -476,9 +475,9 @@ def train(args):
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
 def evaluate(agent, env, args):
-    """Play without noise, learning nothing: return each episode's return, and {name: value}."""
-    returns, scalars = [], {}
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Play without noise, learning nothing; return {name: value} of the episodes."""
+    returns = []
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # to restore
     errors = []  # NORM report: of Q
     for k in range(args.eval_episodes):
         obs, _ = env.reset(seed=1_000_000 + k)  # the same starts each time
@@ -490,12 +489,13 @@ def evaluate(agent, env, args):
             obs, done = next_obs, terminated or truncated
         returns.append(np.sum([reward for _, _, reward in episode]))
         errors.extend(q_errors(agent, episode, terminated, args))  # NORM report: of Q
+    scalars = {"eval/return": np.mean(returns), "eval/return_std": np.std(returns)}
     if errors:  # NORM report: none if every episode was cut too early
         scalars["norm/q_bias"] = np.mean(errors)  # NORM report: see q_errors
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])
-    return returns, scalars
+    return scalars
 
 
 # NORM begin: report: what normalization does to a run, made visible
@@ -507,14 +507,14 @@ def q_errors(agent, episode, terminated, args):
     """Return (Q(s, a) - G) / max(|G|, 10) for the states of an episode, after REDQ's code.
 
     G is the discounted return that followed, with alpha times the entropy of all later actions; Q
-    is the mean of the two. Actions are the policy's medians, REDQ draws them: where noise costs
-    reward, Q lies below G without any error. Where a time-out cut the episode, the states are left
+    is the critics' mean. Actions are the policy's medians, REDQ draws them: where noise costs
+    reward, Q is below G without error. Where a time-out cut the episode, the states are left
     out that have more than 1 % of G's weight behind the cut.
     """
     obs, action, rewards = map(np.array, zip(*episode, strict=True))
     if args.reward_norm:
         rewards = agent.reward_scale(rewards)  # Q is of scaled ones
-    inputs = agent.obs_filter(obs, update=False), action
+    inputs = agent.obs_filter(obs), action
     inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
     with torch.random.fork_rng():  # training keeps its own random numbers
         _, log_prob = agent.actor.eval().sample(inputs[0])
@@ -556,8 +556,8 @@ def norm_scalars(agent, batch):
 # ----------------------------------------------------------------- Environment and files of a run
 def checked(values):
     """Return values if all are finite; raise FloatingPointError, which ends the run as diverged."""
-    if not np.isfinite(values).all():
-        raise FloatingPointError("an observation, an action or a reward is not finite")
+    if not torch.as_tensor(values).isfinite().all():
+        raise FloatingPointError("a number of the environment or of the policy is not finite")
     return values
 
 
@@ -567,7 +567,7 @@ def make_env(args, run=None):
     env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)
-        if run:  # the one for evaluation, so that it is said once
+        if run:  # the one for evaluation says it for both
             print(f"{args.env} sets no time limit: episodes end after 10000 steps", flush=True)
     if video:
         folder, name = str(run.dir / "videos"), f"from-step{run.step}"
@@ -587,8 +587,7 @@ def make_env(args, run=None):
     env = gym.wrappers.TransformObservation(env, to_vector, gym.spaces.flatten_space(obs_space))
     env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
     env = gym.wrappers.TransformReward(env, lambda reward: float(checked(np.squeeze(reward))))
-    # a key of its own, since an environment may have "episode" in its info already
-    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="of this run")
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="ours")  # "episode" may be taken
 
 
 def check_options(args):
@@ -599,8 +598,9 @@ def check_options(args):
     one_each = max(len(layers), len(filters)) <= 1 and len(layers + filters) == len(args.norm)
     is_batch = layers not in ([], ["layernorm"])
     # NORM end
-    needs = [  # (options, requirement, whether it is met), asked of options that were changed
-        ("eval_episodes save_every", "1 or more", min(args.eval_episodes, args.save_every) > 0),
+    needs = [  # (options, what one of them needs if it was changed, whether that is met)
+        ("eval_episodes", "1 or more", args.eval_episodes > 0),
+        ("save_every", "1 or more", args.save_every > 0),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
         ("tau", "target networks", args.target_network),
         # NORM begin: flag: an option that would change nothing is a mistake
@@ -609,7 +609,7 @@ def check_options(args):
         ("weight_norm", "--norm-position pre or post", {"pre", "post"} & {*args.norm_position}),
         ("norm_position", "input, pre or post", {*args.norm_position} & {"input", "pre", "post"}),
         ("bn_momentum bn_target bn_policy_critic bn_joint", "batch norm", is_batch),
-        ("bn_policy_critic bn_joint bn_target", "a critic with it", args.norm_net != "actor"),
+        ("bn_policy_critic bn_joint bn_target", "a critic with layers", args.norm_net != "actor"),
         ("bn_target", "target networks", args.target_network),
         ("bn_warmup", "--norm batchrenorm", "batchrenorm" in args.norm),
         ("batch_size", "2 or more for batch norm", args.batch_size > 1 or not is_batch),
@@ -617,9 +617,10 @@ def check_options(args):
         ("norm", "--norm-stats if it is fixed", args.norm_stats or "fixed" not in args.norm),
         # NORM end
     ]
-    for names, what, is_there in needs:
+    for names, what, is_met in needs:
         for name in names.split():
-            if getattr(args, name) != getattr(Args, name) and not is_there:
+            is_asked = name in FREE or not args.resume  # load compares the others
+            if is_asked and getattr(args, name) != getattr(Args, name) and not is_met:
                 raise ValueError(f"--{name.replace('_', '-')} needs {what}")
 
 
@@ -635,7 +636,7 @@ def write(path, save):
 
 
 class Run:
-    """The files of a run, and its progress; it knows nothing of algorithms."""
+    """The files of a run, and its progress, whatever the algorithm."""
 
     def __init__(self, args, agent, generators):
         self.args, self.agent = args, agent
@@ -656,8 +657,8 @@ class Run:
         write(self.dir / "args.json", lambda file: file.write_text(json.dumps(about, indent=2)))
         (self.dir / "result.json").unlink(missing_ok=True)  # of a run that now goes further
         self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
-        panel = {name: ["Multiline", [name]] for name in SCALARS}  # NORM report: a page of its own
-        self.writer.add_custom_scalars({"Normalization": panel})  # NORM report: that comes first
+        panel = {name: ["Multiline", [name]] for name in SCALARS}  # NORM report: a chart for each
+        self.writer.add_custom_scalars({"Normalization": panel})  # NORM report: on the first page
         self.bar = tqdm(total=args.total_steps, initial=self.step, unit="step", disable=None)
         print(f"run: {self.dir}", flush=True)
         if len(self.generators) < len(generators):
@@ -673,15 +674,15 @@ class Run:
             if not np.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}")
 
-    def evaluate(self, returns, scalars):
-        """Log and show the returns of the episodes of an evaluation, and scalars beside them."""
-        mean, std = float(np.mean(returns)), float(np.std(returns))
+    def log_evaluation(self, scalars):
+        """Show, keep and log what `evaluate` returned."""
+        mean, std = float(scalars["eval/return"]), float(scalars["eval/return_std"])
         self.bar.write(f"step {self.step}: return {mean:.1f} ± {std:.1f}", sys.stderr)
-        self.log({"eval/return": mean, "eval/return_std": std} | scalars)
+        self.log(scalars)
         self.evals = [e for e in self.evals if e[0] < self.step] + [(self.step, mean, std)]
 
     def save(self):
-        """Write all that the run needs to go on as if it had never stopped."""
+        """Write all that the run needs to go on, from the start of an episode."""
         parts = {k: part for k, part in vars(self.agent).items() if hasattr(part, "state_dict")}
         state = {"args": vars(self.args), "progress": (self.step, self.updates, self.evals)}
         state["agent"] = {name: part.state_dict() for name, part in parts.items()}
@@ -690,9 +691,8 @@ class Run:
         state["random"] = json.dumps(numbers, default=np.ndarray.tolist)
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         state["torch"] = torch.get_rng_state(), gpus
-        # NORM begin: save: for people, and for --norm fixed
-        write(self.dir / "obs_stats.npz", lambda x: self.agent.obs_stat.save(x, env=self.args.env))
-        # NORM end
+        stats = self.dir / "obs_stats.npz"  # NORM save: for --norm fixed
+        write(stats, lambda x: self.agent.obs_stat.save(x, env=self.args.env))  # NORM save: and env
         self.writer.flush()  # a resumed run writes only the events that follow
         write(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
         self.saved = self.step
@@ -702,8 +702,7 @@ class Run:
         state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         for name, value in vars(self.args).items():
             if name not in FREE and state["args"].get(name) != value:
-                name = name.replace("_", "-")
-                raise ValueError(f"--resume {self.dir} is of a run with another --{name}")
+                raise ValueError(f"{self.dir} is a run with another --{name.replace('_', '-')}")
         for name, part in state["agent"].items():
             getattr(self.agent, name).load_state_dict(part)
         self.step, self.updates, self.evals = state["progress"]

@@ -55,16 +55,18 @@ class RunningStat:
         self.count, self.mean, self.m2 = int(count), mean, m2
 
     def save(self, file, **about):
-        """Write count, mean, m2, for people std, and words about them to an .npz file."""
+        """Write count, mean, m2, words about them, and std, to look at, to an .npz file."""
         np.savez(file, **self.state_dict(), std=self.std, **about)
 
     def load(self, file, **about):
         """Read what `save` wrote, without pickle.
 
-        Raises ValueError for other words about it, other shapes or fewer than two samples, and for
-        a file that is none of ours KeyError, TypeError or what np.load raises.
+        Raises ValueError for a file that is none of ours, other words about it, other shapes or
+        fewer than two samples.
         """
         with np.load(file, allow_pickle=False) as state:
+            if not {"count", "mean", "m2"} <= state.keys():
+                raise ValueError(f"{file} holds no statistics")
             self.load_state_dict(state)
             wrong = [str(state[k]) for k, v in about.items() if str(state.get(k, v)) != str(v)]
         if wrong or self.count < 2:
@@ -83,10 +85,8 @@ class ZFilter:
         self.stat = RunningStat(shape) if stat is None else stat
         self.demean, self.destd, self.clip = demean, destd, clip
 
-    def __call__(self, x, update=True):
-        """Return one sample or a batch normalized, same shape; update=True learns from it first."""
-        if update:
-            self.stat.push(x)
+    def __call__(self, x):
+        """Return one sample or a batch normalized, same shape; what learns is `stat.push`."""
         if self.demean:
             x = x - self.stat.mean
         if self.destd:
@@ -105,9 +105,9 @@ class ZFilter:
 
 
 class RewardScale(RunningStat):
-    """Running deviation of discounted sums of rewards, which rewards are divided by.
+    """Divide rewards by the running deviation of their discounted sums, and clip them at 10.
 
-    They are clipped at 10 of it, and never shifted, which would change what is optimal.
+    They are never shifted, which would change what is optimal.
     n: number of environments. gamma: discount per step.
     """
 
@@ -117,7 +117,7 @@ class RewardScale(RunningStat):
         self.sums = np.zeros(n)  # of each environment, since its episode began
 
     def learn(self, reward, done):
-        """Learn from the rewards of one step, (n,) or a number; done, alike, says what ends."""
+        """Learn from rewards and ends of one step: arrays (n,), or a number and a bool."""
         self.sums = self.gamma * self.sums + reward
         self.push(self.sums)
         self.sums[done] = 0

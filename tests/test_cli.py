@@ -71,10 +71,21 @@ REFUSED = [
     (ON_POLICY, {"norm": "layernorm", "bn_rollout": "train"}, "--bn-rollout needs"),
     (ON_POLICY, BN | {"num_envs": 1, "bn_rollout": "train"}, "--num-envs needs"),
     (["ppo_bn"], {"minibatches": 2048}, "--minibatches needs"),
+    (["ppo_bn"], {"minibatches": 0}, "--minibatches needs"),
+    (["ppo_bn"], {"epochs": 0}, "--epochs needs"),
     (["reinforce_bn"], BN | {"network": "linear"}, "--norm needs"),
-    (["reinforce_bn"], {"norm": "batchrenorm", "network": "cnn"}, "--network needs"),
+    (["reinforce_bn"], {"norm": "batchrenorm", "network": "cnn"}, "--norm needs"),
     (["reinforce_bn"], BN | {"norm_net": "critic", "bn_recalibrate": 9}, "--bn-recalibrate needs"),
 ]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_of_a_resumed_run_only_what_may_change_is_asked(script):
+    """Its other options may be repeated; before they are merged with its own nothing fits them."""
+    Args = importlib.import_module(script).Args
+    Args(resume="runs/of_batch_norm", bn_momentum=0.01)
+    with pytest.raises(ValueError, match="--save-every needs"):
+        Args(resume="runs/of_batch_norm", save_every=0)
 
 
 @pytest.mark.parametrize("scripts, options, words", REFUSED, ids=str)

@@ -330,7 +330,7 @@ def test_q_errors_by_brute_force():
     agent.reward_scale.push([0.0, 40.0, 80.0])  # of deviation 40
     before = copy.deepcopy(agent.critic.state_dict())
     obs, action, reward = np.split(np.random.default_rng(0).normal(size=(30, 5)), [3, 4], 1)
-    inputs = torch.tensor(agent.obs_filter(obs, update=False)).float(), torch.tensor(action).float()
+    inputs = torch.tensor(agent.obs_filter(obs)).float(), torch.tensor(action).float()
     q = agent.critic.eval()(*inputs).detach().numpy()
     episode = list(zip(obs, action, 1000 * reward[:, 0], strict=True))
     agent.critic.train()
@@ -358,5 +358,5 @@ def test_evaluation_starts_the_same_and_leaves_no_trace(script):
         return reward + random.random() + np.random.random()
 
     before, env = everything(), gym.wrappers.TransformReward(script.make_env(args), draw)
-    a, b = (script.evaluate(agent, env, args)[0] for _ in range(2))
-    assert a == b and a[0] != a[1] and same(before, everything())
+    a, b = (script.evaluate(agent, env, args) for _ in range(2))
+    assert a == b and a["eval/return_std"] > 0 and same(before, everything())

@@ -99,7 +99,8 @@ def test_evaluation_sums_one_episode_of_each_environment(on_policy, small):
     args = small(on_policy, env="Ragged-v0")
     envs = [on_policy.make_env(args) for _ in range(4)]
     agent = on_policy.make_agent(envs[0], args, "cpu")
-    assert on_policy.evaluate(agent, envs, args)[0].tolist() == [5, 9, 14, 20]
+    found, returns = on_policy.evaluate(agent, envs, args), [5, 9, 14, 20]
+    assert found == {"eval/return": 12, "eval/return_std": np.std(returns)}
 
 
 def brute_force(reward, done, value, gamma, lam):
@@ -357,7 +358,7 @@ def test_three_ways_to_evaluate(small, monkeypatch):
 
     def spy(agent, envs, args):
         found, mean = evaluate(agent, envs, args), agent.actor.net[0].running_mean.clone()
-        seen.append((agent.actor.training, len(envs), np.mean(found[0]), mean))
+        seen.append((agent.actor.training, len(envs), found["eval/return"], mean))
         return found
 
     monkeypatch.setattr(reinforce_bn, "evaluate", spy)
@@ -384,7 +385,8 @@ def test_evaluation_in_train_mode_uses_the_batch_and_moves_nothing(small, monkey
     obs = np.random.default_rng(0).normal(3, 5, size=(6, 3)).astype(np.float32)
 
     def spy(agent, *_):
-        return [found.append(reinforce_bn.act(agent, obs)) or 0.0], {}
+        found.append(reinforce_bn.act(agent, obs))
+        return {"eval/return": 0.0}
 
     monkeypatch.setattr(reinforce_bn, "evaluate", spy)
     reinforce_bn.returns_by_mode(agent, args, None)
@@ -412,7 +414,7 @@ LAYERS = [  # L: a linear layer, C: a convolution, F: flattens, A: activates, n:
 def test_where_layers_stand(small, options, expected):
     """In REINFORCE; PPO builds its networks as DDPG does."""
     net = make_agent(reinforce_bn, small(reinforce_bn, **options)).actor.net
-    names = {nn.Linear: "L", nn.Conv2d: "C", nn.Flatten: "F", reinforce_bn.ACTIVATION: "A"}
+    names = {nn.Linear: "L", nn.Conv2d: "C", nn.Flatten: "F", nn.ReLU: "A"}
     assert "".join(names.get(type(layer), "n") for layer in net) == expected
     if "cnn" in options.values():  # one mean for a channel
         out = net[0].train()(torch.randn(8, 2, 10, 10)).mean((0, 2, 3))
@@ -469,3 +471,14 @@ def test_same_seed_same_bits_and_evaluation_changes_nothing(on_policy, small, no
     assert len(result["eval"]) >= 3 and same(*ends)
     other = on_policy.train(small(on_policy, norm=norm, seed=2))
     assert not same(checkpoint(other["run_dir"])["agent"]["actor"], ends[0][0]["actor"])
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_a_policy_that_is_not_finite_ends_the_run_as_diverged(env, on_policy, small, monkeypatch):
+    def broken(agent, *_):
+        agent.actor.net[0].weight.data[0, 0] = float("nan")
+        return {"losses/policy": 0.0, "charts/episodic_return": 0.0}, 1
+
+    monkeypatch.setattr(on_policy, "update", broken)
+    result = on_policy.train(small(on_policy, env=env, max_episode_steps=20))
+    assert result["diverged"] and result["updates"] == 1 and result["eval"] == []

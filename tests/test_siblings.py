@@ -25,10 +25,10 @@ DIFFER["ddpg_bn", "sac_bn"] = ALGORITHM | {"critic_loss", "actor_loss", "q_error
 
 # Lines, kilobytes, lines stripped, where train ends, lines of its longest loop: these only fall.
 LIMITS = {
-    "reinforce_bn": (708, 36.8, 510, 412, 50),
-    "ppo_bn": (682, 35.3, 519, 426, 50),
-    "ddpg_bn": (713, 37.2, 489, 430, 50),
-    "sac_bn": (760, 40, 523, 474, 50),
+    "reinforce_bn": (700, 36.8, 509, 411, 50),
+    "ppo_bn": (676, 35.3, 518, 424, 50),
+    "ddpg_bn": (712, 37.2, 489, 429, 50),
+    "sac_bn": (759, 40, 523, 473, 50),
 }
 
 
