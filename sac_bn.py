@@ -531,8 +531,8 @@ def norm_scalars(agent, batch):
     """Return {name: value} about the last update, from its batch:
 
     actor_grad: norm of the actor's gradient, as clipped.
-    saturation: share of the components of the actor's action in the outer 1 % at either bound.
-    stat_lag: mean over features and batch norms of |running mean - batch mean| / batch std.
+    saturation: share of the actor's action components in the outer 1 % at either bound.
+    stat_lag: mean over features of |running mean - batch mean| / batch std, of s or (s, a).
     """
     grads = [p.grad for p in agent.actor.parameters() if p.grad is not None]
     scalars, lags = {"norm/actor_grad": nn.utils.get_total_norm(grads)}, []
