@@ -5,7 +5,7 @@ python ddpg_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: naive, to watch it
 python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: one repair
 python ddpg_bn.py --resume runs/Ant-v4/ddpg_bn/RUN
 
-Lines where normalization enters end in NORM, a kind and a reason. To strip them:  # NORM flag: help
+Where normalization enters stand NORM, a kind and a reason. To strip it:  # NORM flag: help
 sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' ddpg_bn.py > plain.py  # NORM flag: help
 
 Equations and sections are those of the paper (arXiv 1509.02971). Details that it does not have:
@@ -154,8 +154,8 @@ def add_norm(net, name, args):
 def project_weights(net):
     """With --weight-norm, give weights and bias of a hidden unit, as one vector, length 1 (XQC).
 
-    With batch norm behind, also behind a ReLU, only their direction matters, and the longer they
-    are, the less a gradient step turns them. At length 1 the learning rate stays what it is set to.
+    If batch norm follows, even after a ReLU, only their direction matters, and the longer they are,
+    the less a gradient step turns them. At length 1 a step turns them as far as ever.
     """
     for layer in net.modules():
         if getattr(layer, "has_unit_length", False):
@@ -197,7 +197,7 @@ class Critic(nn.Module):
         before = [nn.Linear(sizes[0], sizes[1]), nn.ReLU()] if k else []  # a joins (D3)
         self.obs_net = nn.Sequential(*before)
         self.net = make_net(sizes[k] + action_dim, *sizes[k + 1 :], 1)
-        add_norm(self.obs_net if k else self.net, "critic", args)  # NORM layer: on s, or on (s, a)
+        add_norm(self.obs_net if k else self.net, "critic", args)  # NORM layer: on s alone if k
 
     def forward(self, obs, action):
         return self.net(torch.cat([self.obs_net(obs), action], dim=1)).squeeze(1)
@@ -211,12 +211,12 @@ Batch = namedtuple("Batch", "obs action reward next_obs terminated")
 def q_values(agent, batch, next_action, args):
     """Return Q(s, a), and Q'(s', a') without gradient."""
     # NORM begin: batch: one pass, so that (s, a) and (s', a') share one mean and variance
-    # Two passes in train mode would center each on a mean of its own, which hides from the critic
-    # how the two differ; and the running statistics would never come to know (s', a').
+    # Else the running statistics never meet (s', a'); or, with --bn-target train, each half is
+    # centered on a mean of its own, which hides from the critic how the two differ.
     if args.bn_joint:
         both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
         q, q_next = agent.critic.train()(*both).chunk(2)
-        if args.target_network:  # replaces this q_next, which only shared in the statistics
+        if args.target_network:  # drops this q_next, which only served the statistics
             agent.critic_target.train(args.bn_target == "train")
             inputs = both if args.bn_target == "train" else (batch.next_obs, next_action)
             with torch.no_grad():
@@ -243,8 +243,8 @@ def critic_loss(agent, batch, args):
 def actor_loss(agent, batch, args):
     """Return -mean Q(s, mu(s)), whose gradient reaches mu through the action (Eq. 6)."""
     agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
-    # NORM mode: train mode gives each feature of the batch the mean beta, whatever mu does. If such
-    # NORM mode: a layer feeds the output (w, b), mean Q = w beta + b: what is left is rounding.
+    # NORM mode: train mode gives each feature the mean beta, its bias, whatever mu does. If such a
+    # NORM mode: layer feeds the output (w, b), mean Q = w beta + b: but for rounding, no gradient.
     agent.critic.train(args.bn_policy_critic == "train")  # NORM mode: train is naive, eval repairs
     return -agent.critic(batch.obs, agent.actor(batch.obs)).mean()
 
@@ -355,7 +355,7 @@ def make_agent(env, args, device):
     if "zfilter" in args.norm:
         agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # by running statistics
     if "fixed" in args.norm:
-        agent.obs_filter = ZFilter(obs_dim)  # by constant ones
+        agent.obs_filter = ZFilter(obs_dim)  # by --norm-stats
         if not args.resume:  # a checkpoint holds the statistics, too
             agent.obs_filter.stat.load(args.norm_stats, env=args.env)
     agent.reward_scale = RewardScale(1, args.gamma)  # for --reward-norm
@@ -369,7 +369,7 @@ def train(args):
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     cpu = torch.cpu.get_capabilities()
     if cpu.get("avx512_f") and not cpu.get("amx_tile"):
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # takes oneDNN; float32 without AMX
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # takes oneDNN, still in float32
     seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
@@ -462,8 +462,8 @@ SCALARS = "norm/actor_grad", "norm/saturation", "norm/stat_lag", "norm/q_bias"
 def q_errors(agent, episode, terminated, args):
     """Return (Q(s, a) - G) / max(|G|, 10) for the states of an episode, as in REDQ's code.
 
-    G is the discounted return that followed. Where a time-out cut the episode, the states are left
-    out that have more than 1 % of G's weight behind the cut.
+    G is the discounted return that followed. After a time-out only those states count whose
+    discount up to the cut is at most 0.01.
     """
     obs, action, rewards = map(np.array, zip(*episode, strict=True))
     if args.reward_norm:
@@ -473,7 +473,7 @@ def q_errors(agent, episode, terminated, args):
     q, g = agent.critic.eval()(*inputs).cpu().numpy(), np.array([*rewards, 0.0])
     for t in reversed(range(len(q))):
         g[t] += args.gamma * g[t + 1]
-    known = terminated | (args.gamma ** np.arange(len(q), 0, -1) <= 0.01)
+    known = np.logical_or(terminated, args.gamma ** np.arange(len(q), 0, -1) <= 0.01)
     return ((q - g[:-1]) / np.maximum(np.abs(g[:-1]), 10))[known]
 
 
@@ -482,8 +482,8 @@ def norm_scalars(agent, batch):
     """Return {name: value} about the last update, from its batch:
 
     actor_grad: norm of the actor's gradient, as clipped.
-    saturation: share of the actor's action components in the outer 1 % at either bound.
-    stat_lag: mean over features of |running mean - batch mean| / batch std, of s or (s, a).
+    saturation: share of the components of the actor's actions with |a| > 0.98.
+    stat_lag: mean over all layers of |running mean - batch mean| / batch std, for s or (s, a).
     """
     grads = [p.grad for p in agent.actor.parameters() if p.grad is not None]
     scalars, lags = {"norm/actor_grad": nn.utils.get_total_norm(grads)}, []

@@ -6,7 +6,7 @@ python ppo_bn.py --norm batchnorm  # NORM flag: acts by running statistics, lear
 python ppo_bn.py --norm batchnorm --bn-rollout train  # NORM flag: acts by those of the moment
 python ppo_bn.py --resume runs/HalfCheetah-v4/ppo_bn/RUN
 
-Lines where normalization enters end in NORM, a kind and a reason. To strip them:  # NORM flag: help
+Where normalization enters stand NORM, a kind and a reason. To strip it:  # NORM flag: help
 sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' ppo_bn.py > plain.py  # NORM flag: help
 
 Equations and sections are those of the paper (arXiv 1707.06347). Details that it does not have:
@@ -252,7 +252,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 def update(agent, batch, rng, args):
     """Learn from a rollout; return losses, mostly of the last minibatch, and the steps taken."""
-    agent.actor.train(args.bn_update == "train")  # NORM mode: train: no longer the pi that acted
+    agent.actor.train(args.bn_update == "train")  # NORM mode: the pi that acted if both are eval
     agent.critic.train(args.bn_update == "train")  # NORM mode: train: moves running statistics
     taken, losses = 0, {}
     for _ in range(args.epochs):
@@ -270,7 +270,7 @@ def update(agent, batch, rng, args):
             log_ratio = log_ratio.detach()
             log_ratios.append(log_ratio)
             taken += 1
-            # NORM begin: report: max |ratio - 1| before any step: 0 if acting normalized alike
+            # NORM begin: report: max |ratio - 1| before any step: 0 if acting had these statistics
             if taken == 1:
                 losses["norm/first_ratio"] = (log_ratio.exp() - 1).abs().max().clamp(max=1e6)
             # NORM end
@@ -285,7 +285,7 @@ def update(agent, batch, rng, args):
 # ------------------------------------------------------------------------------ Acting and memory
 def as_input(agent, obs):
     """Return observations (n, obs_dim) as the networks take them."""
-    obs = agent.obs_filter(obs)  # NORM obs: here, and nowhere else
+    obs = agent.obs_filter(obs)  # NORM obs: applied here, learnt in train
     return torch.as_tensor(obs, dtype=torch.float32, device=agent.device)
 
 
@@ -326,7 +326,8 @@ def bootstrap(agent, reward, next_obs, timed_out, args):
 def step_all(envs, actions):
     """Step each environment; return observations, rewards, terminated and truncated, (n, ...)."""
     steps = [env.step(action)[:4] for env, action in zip(envs, actions, strict=True)]
-    return [np.array(values) for values in zip(*steps, strict=True)]
+    obs, reward, *ends = map(np.array, zip(*steps, strict=True))
+    return obs, reward, *(end.astype(bool) for end in ends)
 
 
 def make_agent(env, args, device):
@@ -343,7 +344,7 @@ def make_agent(env, args, device):
     if "zfilter" in args.norm:
         agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # by running statistics
     if "fixed" in args.norm:
-        agent.obs_filter = ZFilter(obs_dim)  # by constant ones
+        agent.obs_filter = ZFilter(obs_dim)  # by --norm-stats
         if not args.resume:  # a checkpoint holds the statistics, too
             agent.obs_filter.stat.load(args.norm_stats, env=args.env)
     agent.reward_scale = RewardScale(args.num_envs, args.gamma)  # for --reward-norm

@@ -1,12 +1,12 @@
 """REINFORCE in one file (Williams 1992, Simple Statistical Gradient-Following Algorithms).
 
 python reinforce_bn.py --env CartPole-v1
-python reinforce_bn.py --norm batchnorm  # NORM flag: acts by running, learns by batch statistics
-python reinforce_bn.py --norm batchnorm --bn-rollout train  # NORM flag: acts by those of the moment
-python reinforce_bn.py --norm batchnorm --bn-recalibrate 50  # NORM flag: then computes them anew
+python reinforce_bn.py --norm batchnorm  # NORM flag: acts in eval mode, learns in train mode
+python reinforce_bn.py --norm batchnorm --bn-rollout train  # NORM flag: acts in train mode, too
+python reinforce_bn.py --norm batchnorm --bn-recalibrate 50  # NORM flag: renews running ones
 python reinforce_bn.py --resume runs/CartPole-v1/reinforce_bn/RUN
 
-Lines where normalization enters end in NORM, a kind and a reason. To strip them:  # NORM flag: help
+Where normalization enters stand NORM, a kind and a reason. To strip it:  # NORM flag: help
 sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' reinforce_bn.py > plain.py  # NORM flag: help
 
 Theorems are those of the paper (Machine Learning 8, 229). Details that it does not have:
@@ -20,7 +20,7 @@ D4  Continuous actions are scaled from [-1, 1] to the environment's bounds and c
 D5  Adam with epsilon 1e-5; the policy's learning rate falls to zero linearly.
 D6  Environments act in parallel until each has ended an episode. One that is done plays on until
     the others are: those steps count, but no gradient comes from them.
-D7  Reward-to-go (Sutton et al. 2000) less a baseline V(s), as it was when acting; afterwards
+D7  Reward-to-go (Sutton et al. 2000) minus a baseline V(s), as it was when acting; afterwards
     --critic-steps gradient steps fit it (Spinning Up). The factor gamma^t is left out, as usual.
 """
 
@@ -85,7 +85,7 @@ class Args:
     # train: learn by the batch's statistics, which also move the running ones. eval: by the running
     # ones; if --bn-rollout is eval, too, only --bn-recalibrate moves them from 0 and 1
     bn_update: Literal["train", "eval"] = "train"
-    bn_recalibrate: int = 0  # passes in train mode, without learning, before the final evaluation
+    bn_recalibrate: int = 0  # passes over the last batch in train mode before the final evaluation
     reward_norm: bool = False  # divide rewards by the running deviation of their discounted sums
     # NORM end
     network: Literal["linear", "mlp", "cnn"] = "mlp"  # cnn: a convolution, for observed images
@@ -257,7 +257,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 def update(agent, batch, args):
     """Learn from a rollout; return losses by name, and the gradient steps taken."""
-    agent.actor.train(args.bn_update == "train")  # NORM mode: train: no longer the pi that acted
+    agent.actor.train(args.bn_update == "train")  # NORM mode: the pi that acted if both are eval
     agent.critic.train(args.bn_update == "train")  # NORM mode: train: moves running statistics
     policy = agent.actor(batch.obs)
     loss_pi = policy_loss(policy.log_prob(batch.action), batch.advantage)
@@ -273,7 +273,7 @@ def update(agent, batch, args):
 # ------------------------------------------------------------------------------ Acting and memory
 def as_input(agent, obs):
     """Return observations (n, *obs_shape) as the networks take them."""
-    obs = agent.obs_filter(obs)  # NORM obs: here, and nowhere else
+    obs = agent.obs_filter(obs)  # NORM obs: applied here, learnt in train
     return torch.as_tensor(obs, dtype=torch.float32, device=agent.device)
 
 
@@ -314,7 +314,8 @@ def bootstrap(agent, reward, next_obs, timed_out, args):
 def step_all(envs, actions):
     """Step each environment; return observations, rewards, terminated and truncated, (n, ...)."""
     steps = [env.step(action)[:4] for env, action in zip(envs, actions, strict=True)]
-    return [np.array(values) for values in zip(*steps, strict=True)]
+    obs, reward, *ends = map(np.array, zip(*steps, strict=True))
+    return obs, reward, *(end.astype(bool) for end in ends)
 
 
 def make_agent(env, args, device):
@@ -331,7 +332,7 @@ def make_agent(env, args, device):
     if "zfilter" in args.norm:
         agent.obs_filter = ZFilter(obs_shape, stat=agent.obs_stat)  # by running statistics
     if "fixed" in args.norm:
-        agent.obs_filter = ZFilter(obs_shape)  # by constant ones
+        agent.obs_filter = ZFilter(obs_shape)  # by --norm-stats
         if not args.resume:  # a checkpoint holds the statistics, too
             agent.obs_filter.stat.load(args.norm_stats, env=args.env)
     agent.reward_scale = RewardScale(args.num_envs, args.gamma)  # for --reward-norm
@@ -400,7 +401,7 @@ def train(args):
             if run.step // args.save_every > run.saved // args.save_every and not last:
                 run.save()
         if batch:  # NORM report: the return of the policy in each mode
-            run.log(returns_by_mode(agent, args, batch))  # NORM mode: --bn-recalibrate, for good
+            run.log(returns_by_mode(agent, args, batch))  # NORM mode: --bn-recalibrate, which stays
         run.log_evaluation(evaluate(agent, eval_envs, args))
         run.save()
     except FloatingPointError as error:
@@ -543,6 +544,7 @@ def check_options(args):
         ("save_every", "1 or more", args.save_every > 0),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
         ("hidden_sizes", "hidden layers", args.network != "linear"),
+        ("critic_steps", "1 or more", args.critic_steps > 0),
         # NORM begin: flag: an option that would change nothing is a mistake
         ("norm", "one layer, one filter, or one of each", one_each),
         ("norm_position norm_net", "a normalization layer", layers),

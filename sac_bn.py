@@ -5,16 +5,16 @@ From naive batch norm to what works, each line adds to the last:  # NORM flag: t
 python sac_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: naive, to watch it fail
     --bn-policy-critic eval  # NORM flag: the actor's loss uses statistics that it cannot move
     --bn-joint  # NORM flag: (s, a) and (s', a') share their statistics
-    --bn-target train  # NORM flag: so does the target critic: the recipe of XQC and FlashSAC
+    --bn-target train  # NORM flag: so does the target critic: this is the recipe
     --weight-norm  # NORM flag: weights of fixed length keep the learning rate that was set
     --reward-norm  # NORM flag: Q has one scale in every environment
 CrossQ (Bhatt et al. 2024) is a branch after --bn-joint:  # NORM flag: without a target network
     --no-target-network  # NORM flag: both halves of the joint pass come from one network
-    --norm batchrenorm --norm-position input post --bn-momentum 0.01  # NORM flag: CrossQ's layers
+    --norm batchrenorm --norm-position input post --bn-momentum 0.01  # NORM flag: its layers
     --adam-beta1 0.5 --policy-delay 3 --critic-hidden-sizes 2048 2048  # NORM flag: its constants
 python sac_bn.py --resume runs/Ant-v4/sac_bn/RUN
 
-Lines where normalization enters end in NORM, a kind and a reason. To strip them:  # NORM flag: help
+Where normalization enters stand NORM, a kind and a reason. To strip it:  # NORM flag: help
 sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' sac_bn.py > plain.py  # NORM flag: help
 
 Equations and appendices are those of the paper (arXiv 1812.05905). Details that it does not have:
@@ -170,8 +170,8 @@ def add_norm(net, name, args):
 def project_weights(net):
     """With --weight-norm, give weights and bias of a hidden unit, as one vector, length 1 (XQC).
 
-    With batch norm behind, also behind a ReLU, only their direction matters, and the longer they
-    are, the less a gradient step turns them. At length 1 the learning rate stays what it is set to.
+    If batch norm follows, even after a ReLU, only their direction matters, and the longer they are,
+    the less a gradient step turns them. At length 1 a step turns them as far as ever.
     """
     for layer in net.modules():
         if getattr(layer, "has_unit_length", False):
@@ -239,12 +239,12 @@ Batch = namedtuple("Batch", "obs action reward next_obs terminated")
 def q_values(agent, batch, next_action, args):
     """Return Q(s, a), and Q'(s', a') without gradient."""
     # NORM begin: batch: one pass, so that (s, a) and (s', a') share one mean and variance
-    # Two passes in train mode would center each on a mean of its own, which hides from the critic
-    # how the two differ; and the running statistics would never come to know (s', a').
+    # Else the running statistics never meet (s', a'); or, with --bn-target train, each half is
+    # centered on a mean of its own, which hides from the critic how the two differ.
     if args.bn_joint:
         both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
         q, q_next = agent.critic.train()(*both).chunk(2)
-        if args.target_network:  # replaces this q_next, which only shared in the statistics
+        if args.target_network:  # drops this q_next, which only served the statistics
             agent.critic_target.train(args.bn_target == "train")
             inputs = both if args.bn_target == "train" else (batch.next_obs, next_action)
             with torch.no_grad():
@@ -272,8 +272,8 @@ def critic_loss(agent, batch, args):
 def actor_loss(agent, batch, args):
     """Return the mean of alpha log pi(a|s) - min Q(s, a), a ~ pi (Eq. 9), and log pi(a|s), (n,)."""
     agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
-    # NORM mode: train mode gives each feature of the batch the mean beta, whatever pi does. If such
-    # NORM mode: a layer feeds the output (w, b), mean Q = w beta + b: what is left is which is min.
+    # NORM mode: train mode gives each feature the mean beta, its bias, whatever pi does. If such a
+    # NORM mode: layer feeds the output (w, b), mean Q = w beta + b: only which Q is min feels pi.
     agent.critic.train(args.bn_policy_critic == "train")  # NORM mode: train is naive, eval repairs
     action, log_prob = agent.actor.sample(batch.obs)
     alpha = agent.log_alpha.exp().detach()
@@ -400,7 +400,7 @@ def make_agent(env, args, device):
     if "zfilter" in args.norm:
         agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # by running statistics
     if "fixed" in args.norm:
-        agent.obs_filter = ZFilter(obs_dim)  # by constant ones
+        agent.obs_filter = ZFilter(obs_dim)  # by --norm-stats
         if not args.resume:  # a checkpoint holds the statistics, too
             agent.obs_filter.stat.load(args.norm_stats, env=args.env)
     agent.reward_scale = RewardScale(1, args.gamma)  # for --reward-norm
@@ -414,7 +414,7 @@ def train(args):
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     cpu = torch.cpu.get_capabilities()
     if cpu.get("avx512_f") and not cpu.get("amx_tile"):
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # takes oneDNN; float32 without AMX
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # takes oneDNN, still in float32
     seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
@@ -508,8 +508,8 @@ def q_errors(agent, episode, terminated, args):
 
     G is the discounted return that followed, with alpha times the entropy of all later actions; Q
     is the critics' mean. Actions are the policy's medians, REDQ draws them: where noise costs
-    reward, Q is below G without error. Where a time-out cut the episode, the states are left
-    out that have more than 1 % of G's weight behind the cut.
+    reward, Q is below G without error. After a time-out only those
+    states count whose discount up to the cut is at most 0.01.
     """
     obs, action, rewards = map(np.array, zip(*episode, strict=True))
     if args.reward_norm:
@@ -522,7 +522,7 @@ def q_errors(agent, episode, terminated, args):
     q, g = agent.critic.eval()(*inputs).mean(1).cpu().numpy(), np.array([*rewards, 0.0])
     for t in reversed(range(len(q) - 1)):
         g[t] += args.gamma * (g[t + 1] + bonus[t + 1])
-    known = terminated | (args.gamma ** np.arange(len(q), 0, -1) <= 0.01)
+    known = np.logical_or(terminated, args.gamma ** np.arange(len(q), 0, -1) <= 0.01)
     return ((q - g[:-1]) / np.maximum(np.abs(g[:-1]), 10))[known]
 
 
@@ -531,8 +531,8 @@ def norm_scalars(agent, batch):
     """Return {name: value} about the last update, from its batch:
 
     actor_grad: norm of the actor's gradient, as clipped.
-    saturation: share of the actor's action components in the outer 1 % at either bound.
-    stat_lag: mean over features of |running mean - batch mean| / batch std, of s or (s, a).
+    saturation: share of the components of the actor's actions with |a| > 0.98.
+    stat_lag: mean over all layers of |running mean - batch mean| / batch std, for s or (s, a).
     """
     grads = [p.grad for p in agent.actor.parameters() if p.grad is not None]
     scalars, lags = {"norm/actor_grad": nn.utils.get_total_norm(grads)}, []

@@ -61,7 +61,7 @@ class RunningStat:
     def load(self, file, **about):
         """Read what `save` wrote, without pickle.
 
-        Raises ValueError for a file that is none of ours, other words about it, other shapes or
+        Raises ValueError for an .npz of something else, other words about it, other shapes or
         fewer than two samples.
         """
         with np.load(file, allow_pickle=False) as state:
@@ -86,7 +86,7 @@ class ZFilter:
         self.demean, self.destd, self.clip = demean, destd, clip
 
     def __call__(self, x):
-        """Return one sample or a batch normalized, same shape; what learns is `stat.push`."""
+        """Return one sample or a batch normalized, same shape; only `stat.push` learns."""
         if self.demean:
             x = x - self.stat.mean
         if self.destd:
@@ -120,7 +120,7 @@ class RewardScale(RunningStat):
         """Learn from rewards and ends of one step: arrays (n,), or a number and a bool."""
         self.sums = self.gamma * self.sums + reward
         self.push(self.sums)
-        self.sums[done] = 0
+        self.sums = np.where(done, 0.0, self.sums)
 
     def __call__(self, reward):
         """Return rewards scaled, same shape."""

@@ -73,6 +73,7 @@ REFUSED = [
     (["ppo_bn"], {"minibatches": 2048}, "--minibatches needs"),
     (["ppo_bn"], {"minibatches": 0}, "--minibatches needs"),
     (["ppo_bn"], {"epochs": 0}, "--epochs needs"),
+    (["reinforce_bn"], {"critic_steps": 0}, "--critic-steps needs"),
     (["reinforce_bn"], BN | {"network": "linear"}, "--norm needs"),
     (["reinforce_bn"], {"norm": "batchrenorm", "network": "cnn"}, "--norm needs"),
     (["reinforce_bn"], BN | {"norm_net": "critic", "bn_recalibrate": 9}, "--bn-recalibrate needs"),

@@ -59,7 +59,8 @@ class Room(gym.Env):
         assert self.action_space.contains(action), action
         self.action, self.t, self.life = action, self.t + 1, self.life + 1
         info, done = self.about.get("info", dict)(), self.t >= 7 and "endless" not in self.about
-        return self.observe(), self.odd("reward", 1.0), done, False, info
+        end = self.about.get("ends", bool)
+        return self.observe(), self.odd("reward", 1.0), end(done), end(False), info
 
 
 @pytest.fixture
@@ -89,6 +90,7 @@ GOES_ON = {
     "a tuple": {"observes": spaces.Tuple([BOX, spaces.MultiBinary(2)])},
     "a number": {"observes": spaces.Discrete(5, start=2)},
     "a matrix of float64": {"observes": spaces.Box(-9, 9, (2, 3), np.float64)},
+    "numbers end it": {"ends": int},
     "a matrix acts": {"acts": spaces.Box(-3, 1, (2, 3), np.float32)},
     "float64 acts": {"acts": spaces.Box(np.array([-0.1, 3.0]), np.array([9, 3.3]), dtype=float)},
 }

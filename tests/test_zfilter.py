@@ -73,7 +73,7 @@ def test_reward_scale_is_the_deviation_of_discounted_sums(n):
             start = max([0, *(i + 1 for i in range(t) if dones[i, k])])
             sums[t, k] = sum(0.9 ** (t - i) * rewards[i, k] for i in range(start, t + 1))
     for reward, done in zip(rewards, dones, strict=True):
-        scale.learn(*((reward, done) if n > 1 else (reward[0], bool(done[0]))))
+        scale.learn(*((reward, done) if n > 1 else (reward[0], int(done[0]))))
     std = sums.std(ddof=1)
     np.testing.assert_allclose(scale.std, std, rtol=1e-9)
     np.testing.assert_allclose(scale(rewards), rewards / (std + 1e-8), rtol=1e-9)
