@@ -77,7 +77,7 @@ class Args:
     norm_net: Literal["both", "actor", "critic"] = "both"  # which network has the layers
     norm_stats: str = ""  # fixed: the obs_stats.npz of an earlier run
     bn_momentum: float = 0.1  # weight of the newest batch in running statistics (JAX: 1 - this)
-    bn_warmup: int = 100_000  # batchrenorm: passes in train mode that are plain batch norm (CrossQ)
+    bn_warmup: int = 10_000  # batchrenorm: passes in train mode that are plain batch norm
     # eval: act by the running statistics. train: by those of all environments at that moment, which
     # also move the running ones; values and bootstraps are computed in the same mode
     bn_rollout: Literal["eval", "train"] = "eval"
