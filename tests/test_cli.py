@@ -82,7 +82,6 @@ REFUSED = [
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_of_a_resumed_run_only_what_may_change_is_asked(script):
-    """Its other options may be repeated; before they are merged with its own nothing fits them."""
     Args = importlib.import_module(script).Args
     Args(resume="runs/of_batch_norm", bn_momentum=0.01)
     with pytest.raises(ValueError, match="--save-every needs"):

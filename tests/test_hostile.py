@@ -253,3 +253,17 @@ def test_images_of_either_layout_are_learnt_alike(small):
         result = reinforce_bn.train(args)
         found.append((result["eval"], checkpoint(args.run_dir)["agent"]))
     assert same(*found) and found[0][0][-1][1] > 8
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_weights_that_are_not_finite_are_noticed_in_the_next_action(script, small, monkeypatch):
+    """Discrete actions in PPO and REINFORCE, continuous ones in the others."""
+
+    def broken(agent, *_):
+        agent.actor.net[0].weight.data[0, 0] = NAN
+        return {} if hasattr(agent, "buffer") else ({}, 1)
+
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "update", broken)
+    result = module.train(small(module))
+    assert result["diverged"] and result["updates"] == 1 and result["eval"] == []

@@ -99,8 +99,7 @@ def test_evaluation_sums_one_episode_of_each_environment(on_policy, small):
     args = small(on_policy, env="Ragged-v0")
     envs = [on_policy.make_env(args) for _ in range(4)]
     agent = on_policy.make_agent(envs[0], args, "cpu")
-    found, returns = on_policy.evaluate(agent, envs, args), [5, 9, 14, 20]
-    assert found == {"eval/return": 12, "eval/return_std": np.std(returns)}
+    assert on_policy.evaluate(agent, envs, args)["eval/return"] == (5 + 9 + 14 + 20) / 4
 
 
 def brute_force(reward, done, value, gamma, lam):
@@ -471,14 +470,3 @@ def test_same_seed_same_bits_and_evaluation_changes_nothing(on_policy, small, no
     assert len(result["eval"]) >= 3 and same(*ends)
     other = on_policy.train(small(on_policy, norm=norm, seed=2))
     assert not same(checkpoint(other["run_dir"])["agent"]["actor"], ends[0][0]["actor"])
-
-
-@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
-def test_a_policy_that_is_not_finite_ends_the_run_as_diverged(env, on_policy, small, monkeypatch):
-    def broken(agent, *_):
-        agent.actor.net[0].weight.data[0, 0] = float("nan")
-        return {"losses/policy": 0.0, "charts/episodic_return": 0.0}, 1
-
-    monkeypatch.setattr(on_policy, "update", broken)
-    result = on_policy.train(small(on_policy, env=env, max_episode_steps=20))
-    assert result["diverged"] and result["updates"] == 1 and result["eval"] == []

@@ -109,13 +109,10 @@ def test_impossible_statistics_are_refused(tmp_path):
     good = {"count": 2, "mean": np.zeros(3), "m2": np.zeros(3)}
     wrong = [{"mean": np.zeros(2), "m2": np.zeros(2)}, {"m2": np.full(3, -1.0)}, {"count": 1}]
     wrong += [{"mean": np.full(3, np.nan)}, {"count": np.inf}, {"mean": np.full(3, "a")}]
-    for bad in wrong:
-        np.savez(tmp_path / "bad.npz", **good | bad)
+    for bad in [{"arr": np.zeros(3)}, *(good | x for x in wrong)]:
+        np.savez(tmp_path / "bad.npz", **bad)
         with pytest.raises(ValueError):
             RunningStat(3).load(tmp_path / "bad.npz")
-    np.savez(tmp_path / "bad.npz", mean=good["mean"], m2=good["m2"])
-    with pytest.raises(ValueError, match="holds no statistics"):
-        RunningStat(3).load(tmp_path / "bad.npz")
 
 
 def test_pickles_are_not_executed(tmp_path):
