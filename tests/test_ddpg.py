@@ -326,7 +326,7 @@ def test_diagnostics_by_hand_and_without_a_trace(script):
 def test_q_errors_by_brute_force():
     agent, batch, args = make_agent(gamma=0.5, norm=("batchnorm", "zfilter"))
     ddpg_bn.update(agent, batch, args)
-    agent.obs_filter(np.random.default_rng(1).normal(2, 3, size=(50, 3)))
+    agent.obs_stat.push(np.random.default_rng(1).normal(2, 3, size=(50, 3)))
     agent.reward_scale.push([0.0, 40.0, 80.0])  # of deviation 40
     before = copy.deepcopy(agent.critic.state_dict())
     obs, action, reward = np.split(np.random.default_rng(0).normal(size=(30, 5)), [3, 4], 1)
