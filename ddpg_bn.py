@@ -5,7 +5,7 @@ python ddpg_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: naive, to watch it
 python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: one repair
 python ddpg_bn.py --resume runs/Ant-v4/ddpg_bn/RUN
 
-Where normalization enters stand NORM, a kind and a reason. To strip it:  # NORM flag: help
+NORM, a kind and a reason stand where normalization enters. To strip it:  # NORM flag: help
 sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' ddpg_bn.py > plain.py  # NORM flag: help
 
 Equations and sections are those of the paper (arXiv 1509.02971). Details that it does not have:

@@ -6,7 +6,7 @@ python ppo_bn.py --norm batchnorm  # NORM flag: acts by running statistics, lear
 python ppo_bn.py --norm batchnorm --bn-rollout train  # NORM flag: acts by those of the moment
 python ppo_bn.py --resume runs/HalfCheetah-v4/ppo_bn/RUN
 
-Where normalization enters stand NORM, a kind and a reason. To strip it:  # NORM flag: help
+NORM, a kind and a reason stand where normalization enters. To strip it:  # NORM flag: help
 sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' ppo_bn.py > plain.py  # NORM flag: help
 
 Equations and sections are those of the paper (arXiv 1707.06347). Details that it does not have:

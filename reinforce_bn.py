@@ -6,7 +6,7 @@ python reinforce_bn.py --norm batchnorm --bn-rollout train  # NORM flag: acts in
 python reinforce_bn.py --norm batchnorm --bn-recalibrate 50  # NORM flag: renews running ones
 python reinforce_bn.py --resume runs/CartPole-v1/reinforce_bn/RUN
 
-Where normalization enters stand NORM, a kind and a reason. To strip it:  # NORM flag: help
+NORM, a kind and a reason stand where normalization enters. To strip it:  # NORM flag: help
 sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' reinforce_bn.py > plain.py  # NORM flag: help
 
 Theorems are those of the paper (Machine Learning 8, 229). Details that it does not have:

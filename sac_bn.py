@@ -14,7 +14,7 @@ CrossQ (Bhatt et al. 2024) is a branch after --bn-joint:  # NORM flag: without a
     --adam-beta1 0.5 --policy-delay 3 --critic-hidden-sizes 2048 2048  # NORM flag: its constants
 python sac_bn.py --resume runs/Ant-v4/sac_bn/RUN
 
-Where normalization enters stand NORM, a kind and a reason. To strip it:  # NORM flag: help
+NORM, a kind and a reason stand where normalization enters. To strip it:  # NORM flag: help
 sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' sac_bn.py > plain.py  # NORM flag: help
 
 Equations and appendices are those of the paper (arXiv 1812.05905). Details that it does not have:
