@@ -262,13 +262,15 @@ def picture(name, words):
 
 
 def answer(data):
-    """Return a sentence for DDPG and one for SAC: returns without and with batch norm."""
-    words = {"none": "without batch norm", "naive": "naive", "repair": "repair"}
-    words |= {"recipe": "recipe", "recipe-wn": "with weight norm"}
+    """Return a sentence for DDPG, SAC and PPO: returns without and with batch norm."""
+    off = {"none": "without", "naive": "naive", "repair": "repair", "recipe": "recipe"}
+    off |= {"recipe-wn": "with weight norm"}
+    ppo = {"none": "without", "eval-train": "naive", "train-train": "acting in train mode"}
+    ppo |= {"zfilter": "a filter instead"}
     bullets = []
-    for family in ("ddpg", "sac"):
+    for family, cell_words in {"ddpg": off, "sac": off, "ppo": ppo}.items():
         parts = []
-        for name, what in words.items():
+        for name, what in cell_words.items():
             samples = [values(data, f"{family}-{name}", env) for env in BOTH]
             found = " / ".join(number(iqm(x)) if len(x) else "not run" for x in samples)
             parts.append(f"{what} {found}")
