@@ -251,7 +251,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 
 def update(agent, batch, rng, args):
-    """Learn from a rollout; return losses, mostly of the last minibatch, and the steps taken."""
+    """Learn from a rollout; return losses, mostly of the last minibatch, and steps taken."""
     agent.actor.train(args.bn_update == "train")  # NORM mode: the pi that acted if both are eval
     agent.critic.train(args.bn_update == "train")  # NORM mode: train: moves running statistics
     taken, losses = 0, {}
@@ -396,7 +396,7 @@ def train(args):
                 for k in np.flatnonzero(done):
                     episode_returns.append(envs[k].return_queue[-1])
                     next_obs[k], _ = envs[k].reset()
-                    agent.obs_stat.push(next_obs[k])  # NORM obs: the first one of an episode, too
+                    agent.obs_stat.push(next_obs[k])  # NORM obs: an episode's first, too
                 obs = next_obs
             # learn
             rollout = Rollout(*map(torch.stack, zip(*steps, strict=True)))

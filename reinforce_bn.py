@@ -85,7 +85,7 @@ class Args:
     # train: learn by the batch's statistics, which also move the running ones. eval: by the running
     # ones; if --bn-rollout is eval, too, only --bn-recalibrate moves them from 0 and 1
     bn_update: Literal["train", "eval"] = "train"
-    bn_recalibrate: int = 0  # passes over the last batch in train mode before the final evaluation
+    bn_recalibrate: int = 0  # passes over the last batch in train mode at the end
     reward_norm: bool = False  # divide rewards by the running deviation of their discounted sums
     # NORM end
     network: Literal["linear", "mlp", "cnn"] = "mlp"  # cnn: a convolution, for observed images
@@ -354,7 +354,7 @@ def train(args):
     agent = make_agent(envs[0], args, device)
     run = Run(args, agent, [env.unwrapped.np_random for env in envs])
     eval_envs = [make_env(args, run if k == 0 else None) for k in range(args.eval_episodes)]
-    batch = None  # NORM report: none if a finished run is only evaluated again
+    batch = None  # NORM report: none if a run was finished
     try:
         while run.step < args.total_steps:
             before, steps, episode_returns = run.step, [], []
@@ -383,7 +383,7 @@ def train(args):
                 for k in np.flatnonzero(done):
                     episode_returns += [envs[k].return_queue[-1]] if playing[k] else []
                     next_obs[k], _ = envs[k].reset()
-                    agent.obs_stat.push(next_obs[k])  # NORM obs: the first one of an episode, too
+                    agent.obs_stat.push(next_obs[k])  # NORM obs: an episode's first, too
                 playing &= ~done
                 obs = next_obs
             # learn
@@ -400,7 +400,7 @@ def train(args):
                 run.log_evaluation(evaluate(agent, eval_envs, args))
             if run.step // args.save_every > run.saved // args.save_every and not last:
                 run.save()
-        if batch:  # NORM report: the return of the policy in each mode
+        if batch:  # NORM report: returns by mode
             run.log(returns_by_mode(agent, args, batch))  # NORM mode: --bn-recalibrate, which stays
         run.log_evaluation(evaluate(agent, eval_envs, args))
         run.save()
@@ -456,7 +456,7 @@ def norm_scalars(agent, batch):
 def returns_by_mode(agent, args, batch):
     """Return {name: value}: the policy's return in eval mode, in train mode, and recalibrated.
 
-    It stays recalibrated. All in --num-envs environments, as in training.
+    It stays recalibrated. All in --num-envs environments.
     """
     if args.norm_net == "critic" or not {"batchnorm", "batchrenorm"} & {*args.norm}:
         return {}  # the policy has no modes
