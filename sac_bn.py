@@ -23,7 +23,7 @@ D1  Uniformly random actions at first (Spinning Up, TD3). Evaluation plays the p
 D2  A time-out is not a death: the target goes on through it (Pardo et al., arXiv 1712.00378).
 D3  Actions are in [-1, 1], and scaled to the environment's bounds outside the policy; so the target
     entropy means the same in all units.
-D4  Learning rates are those of the SAC in CrossQ's paper. The paper's: --actor-lr 3e-4
+D4  Learning rates are those of the SAC in CrossQ's paper. SAC's paper: --actor-lr 3e-4
     --critic-lr 3e-4 --alpha-lr 3e-4
 """
 
@@ -508,8 +508,8 @@ def q_errors(agent, episode, terminated, args):
 
     G is the discounted return that followed, with alpha times the entropy of all later actions; Q
     is the critics' mean. Actions are the policy's medians, REDQ draws them: where noise costs
-    reward, Q is below G without error. After a time-out only those
-    states count whose discount up to the cut is at most 0.01.
+    reward, Q is below G without error. After a time-out only those states count whose discount up
+    to the cut is at most 0.01.
     """
     obs, action, rewards = map(np.array, zip(*episode, strict=True))
     if args.reward_norm:
