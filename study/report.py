@@ -161,12 +161,13 @@ def curve(ax, runs, scalar, **look):
     Evaluations are matched by their number, since in REINFORCE and PPO steps differ a little; a run
     that diverged stays at its last value.
     """
-    runs = [finite(rows, scalar).reset_index() for rows in runs]
-    runs = [rows for rows in runs if len(rows)]
+    runs = [rows for rows in runs if len(finite(rows, scalar))]
     if not runs:
         return
-    steps = pd.concat([rows["step"] for rows in runs], axis=1).max(axis=1) / 1000
-    y = pd.concat([rows[scalar] for rows in runs], axis=1).ffill().to_numpy().T
+    y = pd.concat([rows[scalar].where(np.isfinite) for rows in runs], axis=1).ffill()
+    y = y.dropna(how="all")
+    steps = pd.concat([rows["step"] for rows in runs], axis=1).max(axis=1)[y.index] / 1000
+    y = y.to_numpy().T
     if len(steps) == 1:
         look["marker"] = look["marker"] or "o"
     ax.plot(steps, iqm(y), linewidth=2, markersize=5, markevery=-(-len(steps) // 10), **look)
@@ -286,13 +287,9 @@ def watched(data):
         runs = [rows[rows["step"] <= 20_000] for rows in runs]
         ends = [[rows[x].iloc[-1] for rows in runs] for x in ("norm/actor_grad", "eval/return")]
         parts += [f"{name} {' and '.join(number(iqm(x)) for x in ends)}"] if runs else []
-    words = (
-        f"At 20 thousand steps `norm/actor_grad` and the return are about: {', '.join(parts)}.\n"
-    )
-    words += (
-        "After 50 thousand steps (mean of the last five evaluations, interquartile mean over seeds"
-    )
-    return words + ", 95 % interval):"
+    words = f"the return are about: {', '.join(parts)}.\n"
+    words += "After 50 thousand steps (interquartile mean over seeds, 95 % interval):"
+    return f"At 20 thousand steps `norm/actor_grad` and {words}"
 
 
 def returns(data, known, families, names, envs):
@@ -332,7 +329,7 @@ def forum(data, known, figures):
         name, env, found = cell.name, cell.envs[0], {}
         for mode, (metric, marker) in MODES.items():
             has_one = mode == "eval mode" and "batchnorm" not in cell.options
-            x = values(data, name, env, RETURN if has_one else metric)
+            x = values(data, name, env, "eval/return last 1" if has_one else metric)
             if len(x):
                 found[mode] = x, color(cell), marker
         if "plain" in name or not found:
@@ -376,9 +373,10 @@ def judged(claims, verdicts):
     rows = []
     for name, claim in claims.items():
         verdict, c, _ = verdicts[name]
-        sides = c.rule.left, c.rule.right if c.rule.right[0].isalpha() else "of"
+        right = c.rule.right if c.rule.right[0].isalpha() else "of"
+        sides = c.rule.left, f"{c.rule.factor:g}*{right}" if c.rule.factor != 1 else right
         if c.paired:
-            sides = (metric.split()[0] for metric in c.metrics)
+            sides = (metric.split(" last")[0] for metric in c.metrics)
         parts = [f"{x} {number(iqm(y))}" for x, y in zip(sides, (c.x, c.y), strict=True) if len(y)]
         why = f"{c.env.split('/')[-1]}: {', '.join(dict.fromkeys(parts))}" if parts else ""
         why += "" if c.paired or not parts else unit(c.metrics[0])
@@ -417,7 +415,8 @@ def all_cells(data, known):
         runs = [rows for env in cell.envs for rows in data.get((name, env), {}).values()]
         commits = sorted({x for run in runs for x in run["commit"].iloc[0].split()})
         made = ", ".join(seeds(data, name, env) for env in cell.envs) + f" of {len(cell.seeds)}"
-        found = [(env.split("/")[-1], told(values(data, name, env))) for env in cell.envs]
+        envs = () if "--bn-recalibrate" in cell.options else cell.envs  # see the forum's table
+        found = [(env.split("/")[-1], told(values(data, name, env))) for env in envs]
         found = "; ".join(f"{env} {words}" for env, words in found if words)
         rows.append([f"`{name}`", f"`{words}`", made, ", ".join(commits), found])
     return table(["cell", "command", "seeds", "commits", "return"], rows)
