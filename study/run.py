@@ -7,9 +7,10 @@ this repository at the same path and the same Python packages (Linux or macOS).
 Each run takes one CPU and one thread, and leaves runs/study/<cell>/<env>-seed<k>/, what it printed
 beside it in a .log, and at its end study/results/<cell>/<env>-seed<k>.csv. A run is done if, and
 only if, that file exists: so the results of several machines are merged by copying files. What is
-in study/results/earlier, made by earlier commits, is made anew. A run that was stopped or killed,
-or whose machine went away, is continued from its checkpoint (anew if the machines do not share the
-disk of the run folders). One that diverges is a result.
+in study/results/earlier, made by earlier commits, is made anew, unless its folder in runs/study is
+still there and finished: remove it. A run that was stopped or killed, or whose machine went away,
+is continued from its checkpoint (anew if the machines do not share the disk of the run folders).
+One that diverges is a result.
 """
 
 import fcntl
