@@ -38,7 +38,7 @@ class Room(gym.Env):
         if seed is not None and "generator" in self.about:
             self.np_random = self.about["generator"](seed % 2**32)
         if seed is not None and "seeds" in self.about:
-            random.seed(seed), np.random.seed(seed % 2**32)
+            random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
         self.t, self.in_evaluation = 0, self.np_random_seed == 1_000_000
         return self.observe(), {}
 
@@ -50,8 +50,9 @@ class Room(gym.Env):
         if "observes" in self.about:
             self.observation_space.seed(int(self.np_random.integers(99)))
             return self.observation_space.sample()
-        draw = np.random if "seeds" in self.about else self.np_random
-        self.array[:] = draw.normal(size=3)
+        self.array[:] = self.np_random.normal(size=3)
+        if "seeds" in self.about:
+            self.array[:] = random.random(), np.random.normal(), torch.rand(())
         self.array[2] = self.odd("obs", self.array[2])
         return self.array if "reuses" in self.about else self.array.copy()
 

@@ -98,11 +98,16 @@ def test_a_run_becomes_a_row_for_each_evaluation_with_means_since_the_one_before
     assert len(expected) > 1 and mean == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 
-def test_a_run_that_diverged_ends_with_a_row_where_it_stopped(known, tmp_path, monkeypatch):
-    nan, log = {"losses/policy": torch.tensor(float("nan"))}, reinforce_bn.Run.log
-    monkeypatch.setattr(reinforce_bn.Run, "log", lambda run, scalars: log(run, scalars | nan))
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_run_that_diverged_says_so_and_ends_with_a_row_where_it_stopped(
+    known, tmp_path, monkeypatch, capsys, value
+):
+    bad, log = {"losses/policy": torch.tensor(float(value))}, reinforce_bn.Run.log
+    monkeypatch.setattr(reinforce_bn.Run, "log", lambda run, scalars: log(run, scalars | bad))
     (row,) = collect.rows(known["tiny-none"].runs()[0], make(tmp_path / "run"), "abc")
     assert row["diverged"] == 1 and 0 < row["step"] < 1500 and "eval/return" not in row
+    said = f"diverged at step {row['step']}: losses/policy is {value}"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=SLOW)])
