@@ -171,11 +171,10 @@ MODES = [
 
 
 @pytest.mark.parametrize("options, critics, policy", MODES)
-@pytest.mark.parametrize("norm", BATCH_NORMS)
-def test_mode_of_every_forward_pass(script, norm, options, critics, policy):
+def test_mode_of_every_forward_pass(script, options, critics, policy):
     values = {"bn_policy_critic": "eval", "bn_target": "train"}
     chosen = {x: values.get(x, x != "target_network") for x in options.split()}
-    agent, batch, args = make_agent(script=script, norm=norm, **chosen)
+    agent, batch, args = make_agent(script=script, norm="batchnorm", **chosen)
     is_live = script is not ddpg_bn or "target_network" in chosen  # SAC's actor has no target
     first = "actor eval" if is_live else "actor_target eval"
     expected = f"{first}, {critics}, actor train, critic {policy}"

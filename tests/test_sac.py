@@ -5,7 +5,6 @@ import re
 import shlex
 
 import numpy as np
-import pytest
 import torch
 import torch.nn as nn
 import tyro
@@ -29,9 +28,8 @@ def distribution(actor, obs, low=-20.0, high=2.0):
     return torch.distributions.Independent(squashed, 1)
 
 
-@pytest.mark.parametrize("env", ["Pendulum-v1", "HalfCheetah-v4"])  # one action, and six
-def test_log_probability_is_that_of_torch(env):
-    agent, batch, _ = make_agent(env=env)
+def test_log_probability_is_that_of_torch():
+    agent, batch, _ = make_agent(env="HalfCheetah-v4")  # six actions
     torch.manual_seed(5)
     action, log_prob = agent.actor.sample(batch.obs)
     torch.manual_seed(5)

@@ -60,12 +60,6 @@ def gated(tmp_path, monkeypatch):
     return cells.load(tmp_path / "claims.toml")[1]
 
 
-def words(folder, more):
-    """Return the options of study.run for these cells, and more."""
-    folders = f"--file {folder}/claims.toml --results {folder}/out --runs {folder}/runs"
-    return f"{folders} {more}".split()
-
-
 def gate_pid(tmp_path):
     """Wait until a script is at the gate; return its id."""
     for _ in range(12_000):  # fail some time
@@ -137,8 +131,9 @@ def descendants(pid):
 def test_all_runs_are_made_though_a_machine_goes_away_and_the_driver_is_stopped(gated, tmp_path):
     ray = pytest.importorskip("ray.cluster_utils")
     cluster = ray.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    args = words(tmp_path, f"--address {cluster.address} tiny-none tiny-fixed")
-    command = [sys.executable, "-m", "study.run", *args]
+    args = f"--file {tmp_path}/claims.toml --results {tmp_path}/out --runs {tmp_path}/runs"
+    args += f" --address {cluster.address} tiny-none tiny-fixed"
+    command = [sys.executable, "-m", "study.run", *args.split()]
     try:
         raylet = cluster.add_node(num_cpus=1).all_processes["raylet"][0].process.pid
         # as a shell's job in the background, which ignores Ctrl-C
