@@ -20,8 +20,8 @@ class Countdown(gym.Env):
     action_space = gym.spaces.Box(np.float32([-1.0]), np.float32([3.0]))
     episode = 0
 
-    def __init__(self, every=2, reward_scale=1.0):
-        self.every, self.reward_scale = every, reward_scale
+    def __init__(self, every=2):
+        self.every = every
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -35,7 +35,7 @@ class Countdown(gym.Env):
         assert self.action_space.contains(action), action
         self.t += 1
         dies = self.t == 5 and self.episode % self.every == 0
-        return self.observe(), self.reward_scale * (1.0 + self.t), dies, False, {}
+        return self.observe(), 1.0 + self.t, dies, False, {}
 
 
 class Ragged(Countdown):
@@ -77,7 +77,6 @@ class Picture(gym.Env):
 gym.register("Countdown-v0", Countdown, max_episode_steps=8)
 gym.register("RareDeath-v0", Countdown, max_episode_steps=8, kwargs={"every": 4})
 gym.register("LastBreath-v0", Countdown, max_episode_steps=5, kwargs={"every": 1})
-gym.register("HugeReward-v0", Countdown, max_episode_steps=8, kwargs={"reward_scale": 1e30})
 gym.register("Ragged-v0", Ragged, max_episode_steps=8)
 gym.register("Picture-v0", Picture, max_episode_steps=10)
 PENDULUM = "gymnasium.envs.classic_control.pendulum:PendulumEnv"
@@ -134,10 +133,6 @@ def all_scalars(run_dir):
 
 def scalars(run_dir, tag):
     return all_scalars(run_dir)[tag]
-
-
-def tags(run_dir):
-    return set(all_scalars(run_dir))
 
 
 def unmeasured(**more):

@@ -2,11 +2,9 @@
 
 import copy
 import itertools
-import random
 from dataclasses import replace
 from functools import partial
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -173,11 +171,10 @@ MODES = [
 
 
 @pytest.mark.parametrize("options, critics, policy", MODES)
-@pytest.mark.parametrize("norm", BATCH_NORMS)
-def test_mode_of_every_forward_pass(script, norm, options, critics, policy):
+def test_mode_of_every_forward_pass(script, options, critics, policy):
     values = {"bn_policy_critic": "eval", "bn_target": "train"}
     chosen = {x: values.get(x, x != "target_network") for x in options.split()}
-    agent, batch, args = make_agent(script=script, norm=norm, **chosen)
+    agent, batch, args = make_agent(script=script, norm="batchnorm", **chosen)
     is_live = script is not ddpg_bn or "target_network" in chosen  # SAC's actor has no target
     first = "actor eval" if is_live else "actor_target eval"
     expected = f"{first}, {critics}, actor train, critic {policy}"
@@ -342,21 +339,3 @@ def test_q_errors_by_brute_force():
         found = ddpg_bn.q_errors(agent, episode, ends, args)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert agent.obs_stat.count == 50 and same(before, agent.critic.state_dict())
-
-
-def test_evaluation_starts_the_same_and_leaves_no_trace(script):
-    agent, batch, args = make_agent(script=script, norm=("batchnorm", "zfilter"), eval_episodes=2)
-    update(script, agent, batch, args)
-    agent.obs_stat.push(batch.obs.numpy())
-
-    def everything():
-        parts = [x.state_dict() for x in vars(agent).values() if hasattr(x, "state_dict")]
-        draws = random.getstate(), np.random.get_state()[2], torch.get_rng_state()
-        return copy.deepcopy((parts, draws))
-
-    def draw(reward):  # as some environments do, from the generators of all
-        return reward + random.random() + np.random.random()
-
-    before, env = everything(), gym.wrappers.TransformReward(script.make_env(args), draw)
-    a, b = (script.evaluate(agent, env, args) for _ in range(2))
-    assert a == b and a["eval/return_std"] > 0 and same(before, everything())

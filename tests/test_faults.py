@@ -22,6 +22,7 @@ from conftest import all_scalars, checkpoint, same, unmeasured
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["reinforce_bn", "ppo_bn", "ddpg_bn", "sac_bn"]
 KILLS = int(os.environ.get("KILLS", 12))  # of each of the long tests
+MANY = pytest.param(KILLS, marks=pytest.mark.slow, id="many_times")
 
 context = multiprocessing.get_context("forkserver")  # torch is imported once for all children,
 context.set_forkserver_preload(["test_faults", *SCRIPTS, "torch._dynamo"])  # and what Adam needs
@@ -134,28 +135,20 @@ def learnt(run_dir):
     return {"state": state, "result": result, "statistics": stats, "scalars": scalars}
 
 
-def compare_with_never_killed(script, folder, rng, kills):
+@pytest.mark.parametrize("kills", [2, MANY])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_anywhere_and_resumed_equals_never_killed(script, kills, tmp_path):
+    """KILLS=1000 python -m pytest -m slow -k many_times: for as long as one likes."""
+    rng = random.Random(None if kills > 4 else 1)
     begun = time.monotonic()
-    moments, seconds = finish(script, folder / "whole"), time.monotonic() - begun
-    whole = learnt(folder / "whole")
+    moments, seconds = finish(script, tmp_path / "whole"), time.monotonic() - begun
+    whole = learnt(tmp_path / "whole")
     for k in range(0, kills, 4):
         lives = [rng.choice((rng.randrange(1, moments), rng.uniform(0, seconds))) for _ in range(4)]
         lives = lives[: kills - k] if kills > 4 else [rng.randrange(1, moments // 2), moments // 2]
-        finish(script, folder / f"killed{k}", lives)
-        for name, value in learnt(folder / f"killed{k}").items():
+        finish(script, tmp_path / f"killed{k}", lives)
+        for name, value in learnt(tmp_path / f"killed{k}").items():
             assert same(value, whole[name]), f"{name} differs after {lives} of {moments} moments"
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_anywhere_and_resumed_equals_never_killed(script, tmp_path):
-    compare_with_never_killed(script, tmp_path, random.Random(1), 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_many_times_equals_never_killed(script, tmp_path):
-    """KILLS=1000 python -m pytest -m slow -k many_times: for as long as one likes."""
-    compare_with_never_killed(script, tmp_path, random.Random(), KILLS)
 
 
 # --------------------------------------------------------------------------------------- Signals

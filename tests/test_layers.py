@@ -133,5 +133,3 @@ def test_weight_norm_holds_from_the_start_and_after_updates(script):
             update(script, agent, batch, args)
     agent, _, _ = make_agent(script=script, norm="batchnorm")
     assert not torch.allclose(lengths(agent.critic)[0], torch.ones(()))
-    with pytest.raises(ValueError, match="--weight-norm needs a normalization layer"):
-        script.Args(weight_norm=True)

@@ -26,7 +26,7 @@ MUTATIONS = {
     "test_sac.py::test_losses_by_hand": [
         ("sac_bn", "q_next = q_next.amin(1)", "q_next = q_next.amax(1)")
     ],
-    "test_faults.py::test_killed_anywhere_and_resumed_equals_never_killed[sac_bn]": [
+    "test_faults.py::test_killed_anywhere_and_resumed_equals_never_killed[sac_bn-2]": [
         ("sac_bn", 'torch.set_rng_state(state["torch"][0])', "pass")
     ],
     "test_on_policy.py::test_advantages_and_returns_against_brute_force": [
@@ -37,7 +37,7 @@ MUTATIONS = {
     "test_on_policy.py::test_time_outs_pay_what_was_to_come_and_deaths_do_not[ppo_bn]": [
         ("ppo_bn", "truncated & ~terminated", "truncated")
     ],
-    "test_faults.py::test_killed_anywhere_and_resumed_equals_never_killed[ppo_bn]": [
+    "test_faults.py::test_killed_anywhere_and_resumed_equals_never_killed[ppo_bn-2]": [
         ("ppo_bn", "obs = None  # a resumed run", "pass  # a resumed run")
     ],
     "test_on_policy.py::test_evaluation_in_train_mode_uses_the_batch_and_moves_nothing": [

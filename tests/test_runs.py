@@ -4,11 +4,12 @@ import importlib
 from dataclasses import replace
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, tags
+from conftest import Countdown, all_scalars, checkpoint
+
+SCRIPTS = ["reinforce_bn", "ppo_bn", "ddpg_bn", "sac_bn"]
 
 
 @pytest.fixture
@@ -24,9 +25,9 @@ def agents(script, monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": "zfilter", "reward_norm": True}], ids=str)
-def test_training_stores_raw_transitions_and_bootstraps_through_time_outs(script, small, options):
-    args = small(script, env="Countdown-v0", total_steps=200, **options)
+def test_training_stores_raw_transitions_and_bootstraps_through_time_outs(script, small):
+    options = {"norm": "zfilter", "reward_norm": True, "total_steps": 200}
+    args = small(script, env="Countdown-v0", **options)
     result = script.train(args)
     obs, action, reward, next_obs, terminated = checkpoint(args.run_dir)["agent"]["buffer"]["data"]
     assert torch.equal(next_obs - obs, torch.tensor([1.0, 0, 0]).expand(200, 3))  # never the reset
@@ -38,30 +39,23 @@ def test_training_stores_raw_transitions_and_bootstraps_through_time_outs(script
 
 
 # ------------------------------------------------------------------------- Filters in a run
-class Recorder(gym.ObservationWrapper):
-    """Keeps every observation that its environment makes."""
+@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+def test_statistics_are_those_of_all_training_observations(script, small, monkeypatch):
+    seen, observe = [], Countdown.observe
 
-    def observation(self, observation):
-        self.seen = [*vars(self).get("seen", []), observation]
-        return observation
+    def spy(env):
+        if env.np_random_seed != 1_000_000 and env.episode > 1:  # the first reset sets the seed
+            seen.append(observe(env))
+        return observe(env)
 
-
-@pytest.mark.parametrize("norm", ["none", "zfilter"])
-def test_statistics_are_those_of_all_training_observations(script, small, norm, monkeypatch):
-    recorders, make = [], gym.make
-
-    def recording(*names, **options):
-        recorders.append(Recorder(make(*names, **options)))
-        return recorders[-1]
-
-    monkeypatch.setattr(gym, "make", recording)
-    args = small(script, norm=norm, eval_every=100, total_steps=450, learning_starts=430)
-    script.train(args)
-    seen = np.array(recorders[0].seen, np.float64)
+    monkeypatch.setattr(Countdown, "observe", spy)
+    args = small(script, env="Countdown-v0", norm="zfilter", total_steps=300, eval_every=50)
+    steps = script.train(args)["steps"]
     with np.load(f"{args.run_dir}/obs_stats.npz") as stats:
-        assert stats["count"] == len(seen) == 450 + 3
-        np.testing.assert_allclose(stats["mean"], seen.mean(0), rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(stats["std"], seen.std(0, ddof=1), rtol=1e-9)
+        x = np.array(seen, np.float32).astype(np.float64)
+        assert stats["count"] == len(x) > steps >= 300
+        np.testing.assert_allclose(stats["mean"], x.mean(0), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(stats["std"], x.std(0, ddof=1), rtol=1e-9, atol=1e-12)
 
 
 def test_a_filter_feeds_acting_and_learning_alike(script, small, agents, monkeypatch):
@@ -146,8 +140,10 @@ def test_every_kind_of_run_learns_something(script, small, options, agents):
     assert ("zfilter" in args.norm) == (end.obs_filter.stat is end.obs_stat)
     expected = {"losses/critic", "losses/actor", "losses/q", "eval/return", "eval/return_std"}
     expected |= {"charts/episodic_return", "norm/actor_grad", "norm/saturation"}
-    found = tags(args.run_dir)
-    assert expected <= found and ("norm/stat_lag" in found) == ("batch" in str(args.norm))
+    found = all_scalars(args.run_dir)
+    assert expected <= found.keys()
+    assert ("norm/stat_lag" in found) == ("batch" in str(args.norm))
+    assert [step for step, _ in found["losses/critic"]] == [1000, 1010]
 
 
 def test_pendulum_is_learnt(script, small, monkeypatch):
@@ -157,6 +153,7 @@ def test_pendulum_is_learnt(script, small, monkeypatch):
     """
 
     def judge(_, scalars):
+        assert scalars["eval/return_std"] > 0  # each episode has a start of its own
         if scalars["eval/return"] > -200:
             raise StopIteration
 
@@ -168,17 +165,9 @@ def test_pendulum_is_learnt(script, small, monkeypatch):
         script.train(args)
 
 
-def test_a_run_that_diverges_says_so(script, small, capsys):
-    """The loss is 1e60, beyond float32, as the next report shows."""
-    args = small(script, env="HugeReward-v0", total_steps=1100, learning_starts=990)
-    result = script.train(args)
-    assert result["diverged"] and result["steps"] == 1000 and result["eval"] == []
-    assert "diverged at step 1000: losses/critic is inf" in capsys.readouterr().out
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("norm", ["none", "batchnorm", "batchrenorm", "zfilter"])
-@pytest.mark.parametrize("name", ["reinforce_bn", "ppo_bn", "ddpg_bn", "sac_bn"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_on_a_gpu_learns_and_goes_on_there_or_on_the_cpu(name, norm, small):
     module = importlib.import_module(name)
     args = small(module, norm=norm, device="cuda")

@@ -5,7 +5,6 @@ import re
 import shlex
 
 import numpy as np
-import pytest
 import torch
 import torch.nn as nn
 import tyro
@@ -29,9 +28,8 @@ def distribution(actor, obs, low=-20.0, high=2.0):
     return torch.distributions.Independent(squashed, 1)
 
 
-@pytest.mark.parametrize("env", ["Pendulum-v1", "HalfCheetah-v4"])  # one action, and six
-def test_log_probability_is_that_of_torch(env):
-    agent, batch, _ = make_agent(env=env)
+def test_log_probability_is_that_of_torch():
+    agent, batch, _ = make_agent(env="HalfCheetah-v4")  # six actions
     torch.manual_seed(5)
     action, log_prob = agent.actor.sample(batch.obs)
     torch.manual_seed(5)
@@ -95,18 +93,6 @@ def test_losses_by_hand():
     np.testing.assert_allclose(gradient, loss.item(), rtol=1e-5)
 
 
-def test_temperature_moves_entropy_to_its_target():
-    agent, _, _ = make_agent()
-    assert agent.target_entropy == -1.0 and agent.log_alpha.exp().item() == 1.0
-    for log_prob, direction in ((3.0, 1), (-3.0, -1)):  # too little entropy makes it dearer
-        before = agent.log_alpha.item()
-        loss = sac_bn.alpha_loss(agent, torch.full((8,), log_prob))
-        sac_bn.gradient_step(agent.alpha_optimizer, loss, 0.0)
-        assert (agent.log_alpha.item() - before) * direction > 0
-    saved = agent.temperature.state_dict()["log_alpha"]  # what a checkpoint holds
-    assert saved.item() == agent.log_alpha.item() != 0
-
-
 def test_evaluation_takes_the_median_and_exploration_a_sample():
     agent, batch, _ = make_agent()
     obs = batch.obs[0].numpy()
@@ -124,6 +110,7 @@ def test_evaluation_takes_the_median_and_exploration_a_sample():
 
 def test_policy_delay_and_beta1():
     agent, batch, args = make_agent(policy_delay=3, adam_beta1=0.5)
+    assert agent.target_entropy == -1.0 and agent.log_alpha.item() == 0
     for name, beta1 in (("actor", 0.5), ("critic", 0.5), ("alpha", 0.9)):
         assert getattr(agent, f"{name}_optimizer").param_groups[0]["betas"] == (beta1, 0.999)
     for number in range(1, 7):

@@ -60,12 +60,6 @@ def gated(tmp_path, monkeypatch):
     return cells.load(tmp_path / "claims.toml")[1]
 
 
-def words(folder, more):
-    """Return the options of study.run for these cells, and more."""
-    folders = f"--file {folder}/claims.toml --results {folder}/out --runs {folder}/runs"
-    return f"{folders} {more}".split()
-
-
 def gate_pid(tmp_path):
     """Wait until a script is at the gate; return its id."""
     for _ in range(12_000):  # fail some time
@@ -98,11 +92,16 @@ def test_a_run_becomes_a_row_for_each_evaluation_with_means_since_the_one_before
     assert len(expected) > 1 and mean == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 
-def test_a_run_that_diverged_ends_with_a_row_where_it_stopped(known, tmp_path, monkeypatch):
-    nan, log = {"losses/policy": torch.tensor(float("nan"))}, reinforce_bn.Run.log
-    monkeypatch.setattr(reinforce_bn.Run, "log", lambda run, scalars: log(run, scalars | nan))
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_run_that_diverged_says_so_and_ends_with_a_row_where_it_stopped(
+    known, tmp_path, monkeypatch, capsys, value
+):
+    bad, log = {"losses/policy": torch.tensor(float(value))}, reinforce_bn.Run.log
+    monkeypatch.setattr(reinforce_bn.Run, "log", lambda run, scalars: log(run, scalars | bad))
     (row,) = collect.rows(known["tiny-none"].runs()[0], make(tmp_path / "run"), "abc")
     assert row["diverged"] == 1 and 0 < row["step"] < 1500 and "eval/return" not in row
+    said = f"diverged at step {row['step']}: losses/policy is {value}"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=SLOW)])
@@ -132,8 +131,9 @@ def descendants(pid):
 def test_all_runs_are_made_though_a_machine_goes_away_and_the_driver_is_stopped(gated, tmp_path):
     ray = pytest.importorskip("ray.cluster_utils")
     cluster = ray.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    args = words(tmp_path, f"--address {cluster.address} tiny-none tiny-fixed")
-    command = [sys.executable, "-m", "study.run", *args]
+    args = f"--file {tmp_path}/claims.toml --results {tmp_path}/out --runs {tmp_path}/runs"
+    args += f" --address {cluster.address} tiny-none tiny-fixed"
+    command = [sys.executable, "-m", "study.run", *args.split()]
     try:
         raylet = cluster.add_node(num_cpus=1).all_processes["raylet"][0].process.pid
         # as a shell's job in the background, which ignores Ctrl-C

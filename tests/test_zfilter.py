@@ -12,21 +12,13 @@ def history(n, mean=0.0):
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e8])
-def test_one_sample_at_a_time_equals_numpy(mean):
-    xs, stat = history(20_000, mean).astype(np.float64 if mean else np.float32), RunningStat(3)
-    for x in xs:
-        stat.push(x)
-    xs = xs.astype(np.float64)  # which float32 counts in, too
-    assert stat.count == 20_000
-    np.testing.assert_allclose(stat.mean, xs.mean(0), rtol=1e-11)
-    np.testing.assert_allclose(stat.var, xs.var(0, ddof=1), rtol=1e-6 if mean else 1e-11)
-
-
-@pytest.mark.parametrize("mean", [0.0, 1e8])
 def test_a_million_samples_in_uneven_batches_equal_numpy(mean):
-    xs, stat = history(1_000_000, mean), RunningStat(3)
-    for part in np.array_split(xs, [1, 2, 10, 5000, 5001, 400_000]):
+    """The first 1999 batches are single samples."""
+    xs, stat = history(1_000_000, mean).astype(np.float64 if mean else np.float32), RunningStat(3)
+    for part in np.array_split(xs, [*range(1, 2000), 5000, 5001, 400_000]):
         stat.push(part)
+    xs = xs.astype(np.float64)  # which float32 counts in, too
+    assert stat.count == 1_000_000
     np.testing.assert_allclose(stat.mean, xs.mean(0), rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(stat.std, xs.std(0, ddof=1), rtol=1e-7)
 
@@ -50,17 +42,6 @@ def test_filter_is_the_formula(demean, destd, clip):
     expected = expected.clip(-clip, clip) if clip else expected
     np.testing.assert_allclose(z(xs), expected, rtol=1e-9, atol=1e-12)
     np.testing.assert_array_equal(z(xs[7]), z(xs)[7])
-
-
-def test_only_the_stat_learns():
-    stat = RunningStat(3)
-    z = ZFilter(3, stat=stat)  # one of the caller's own
-    stat.push(history(10))
-    before, x = stat.state_dict(), history(10) + 5
-    first = z(x)
-    assert stat.state_dict() == z.state_dict() == before
-    stat.push(x)
-    assert stat.count == 20 and (z(x) != first).all()
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -92,19 +73,6 @@ def test_reward_scale_is_that_of_gymnasium_but_for_its_start():
         assert t < 1000 or scale(raw) == pytest.approx(reward, rel=2e-3)
 
 
-def test_save_and_load_to_the_bit_and_learn_on(tmp_path):
-    a, b = ZFilter(3), ZFilter(3)
-    a.stat.push(history(100, 1e8))
-    a.stat.save(tmp_path / "stats.npz", env="Ant-v4")
-    b.stat.load(tmp_path / "stats.npz", env="Ant-v4")
-    assert a.state_dict() == b.state_dict()
-    with pytest.raises(ValueError, match="Ant-v4"):
-        b.stat.load(tmp_path / "stats.npz", env="Hopper-v4")
-    np.testing.assert_array_equal(a(history(50)), b(history(50)))
-    with np.load(tmp_path / "stats.npz") as saved:  # people find the std in the file too
-        np.testing.assert_allclose(saved["std"] ** 2 * 99, saved["m2"])
-
-
 def test_impossible_statistics_are_refused(tmp_path):
     good = {"count": 2, "mean": np.zeros(3), "m2": np.zeros(3)}
     wrong = [{"mean": np.zeros(2), "m2": np.zeros(2)}, {"m2": np.full(3, -1.0)}, {"count": 1}]
@@ -113,9 +81,6 @@ def test_impossible_statistics_are_refused(tmp_path):
         np.savez(tmp_path / "bad.npz", **bad)
         with pytest.raises(ValueError):
             RunningStat(3).load(tmp_path / "bad.npz")
-
-
-def test_pickles_are_not_executed(tmp_path):
-    np.savez(tmp_path / "bad.npz", **dict.fromkeys(("count", "mean", "m2"), np.array([None])))
-    with pytest.raises(ValueError, match="pickle"):
+    np.savez(tmp_path / "bad.npz", **dict.fromkeys(good, np.array([None])))
+    with pytest.raises(ValueError, match="pickle"):  # which is not executed
         RunningStat(3).load(tmp_path / "bad.npz")
