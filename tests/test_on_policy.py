@@ -100,6 +100,7 @@ def test_evaluation_sums_one_episode_of_each_environment(on_policy, small):
     envs = [on_policy.make_env(args) for _ in range(4)]
     agent = on_policy.make_agent(envs[0], args, "cpu")
     assert on_policy.evaluate(agent, envs, args)["eval/return"] == (5 + 9 + 14 + 20) / 4
+    assert len({env.unwrapped.np_random_seed for env in envs}) == 4
 
 
 def brute_force(reward, done, value, gamma, lam):

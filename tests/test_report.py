@@ -157,6 +157,15 @@ def test_verdicts_follow_the_rules(verdict):
         assert verdicts.judge(DATA, SHORT, {"compare": [rule]})[0].startswith(verdict), rule
 
 
+def test_a_claim_tells_its_largest_difference_and_waits_for_what_has_no_numbers():
+    some, data = ["none > 105", "repair > none"], DATA | {("recipe", "Hopper-v4"): {}}
+    assert verdicts.judge(DATA, SHORT, {"compare": some})[0].endswith("smaller than 3.67")
+    for seed in range(10):  # diverged before its first evaluation
+        data["recipe", "Hopper-v4"][seed] = run([np.nan])
+    some = ["none > naive", "none > recipe"]
+    assert verdicts.judge(data, SHORT, {"compare": some})[0] == "open"
+
+
 def test_p_is_corrected_for_what_decides():
     """Four seeds against four have p 2 / 70, of which two comparisons make 0.057."""
     known = {name: cell._replace(seeds=(0, 1, 2, 3)) for name, cell in SHORT.items()}

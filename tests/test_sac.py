@@ -93,15 +93,16 @@ def test_losses_by_hand():
     np.testing.assert_allclose(gradient, loss.item(), rtol=1e-5)
 
 
-def test_evaluation_takes_the_median_and_exploration_a_sample():
-    agent, batch, _ = make_agent()
-    obs = batch.obs[0].numpy()
-    for _ in range(2):
-        np.testing.assert_allclose(
-            sac_bn.act(agent, obs),
-            torch.tanh(agent.actor.net(batch.obs)[0, :1]).detach(),
-            rtol=1e-5,
-        )
+def test_evaluation_takes_the_median_and_exploration_a_sample(monkeypatch):
+    agent, batch, args = make_agent(eval_episodes=1)
+    obs, seen = batch.obs[0].numpy(), []
+    median = torch.tanh(agent.actor.net(batch.obs)[0, :1]).detach()
+    np.testing.assert_allclose(sac_bn.act(agent, obs), median, rtol=1e-5)
+    act = sac_bn.act
+    monkeypatch.setattr(sac_bn, "act", lambda *x, **y: seen.append((x[1:], y)) or act(*x, **y))
+    sac_bn.evaluate(agent, sac_bn.make_env(args), args)
+    assert len(seen) == 200 and all(len(x) == 1 and not y for x, y in seen)
+    monkeypatch.undo()
     drawn = np.array([sac_bn.act(agent, obs, explores=True) for _ in range(2000)])
     want = distribution(agent.actor, batch.obs[:1].expand(20_000, 3)).sample()
     assert abs(drawn.mean() - want.mean().item()) < 0.05
