@@ -304,7 +304,7 @@ def returns(data, known, families, names, envs):
         words = f"`+{options.removeprefix(above)}`" if adds else f"`{typed(options)}`"
         words = words.replace("`no option`", "no option")
         if name == "crossq":
-            words = "CrossQ, as in `sac_bn.py`"
+            words = "`sac_bn.py`'s CrossQ, 512 wide"
         samples = [values(data, f"{family}-{name}", env) for family, env in columns]
         rows.append([name, words, *map(told, samples), span([len(x) for x in samples if len(x)])])
         above = options
@@ -458,7 +458,7 @@ def make(study, figures, claim_figures=None):
     blocks["rungs"] = returns(data, known, ["sac"], LADDER.split(), BOTH)
     ant = [cell for cell in known.values() if cell.family in FIGURES["main"][0].split()]
     asked, gone = sum(len(cell.runs()) for cell in ant), missing(data, ant)
-    blocks["main"] += f"\n\nAn ant that stands still earns {standing()} (dotted); "
+    blocks["main"] += f"\n\nDotted: an ant that stands still ({standing()}). "
     blocks["main"] += f"{asked - gone} of {asked} runs are made."
     blocks["claims"] = judged({k: v for k, v in claims.items() if k[0] in "FZ"}, verdicts)
     blocks["forum"] = forum(data, known, figures)
