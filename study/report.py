@@ -76,6 +76,7 @@ UNITS = {
     "norm/actor_grad": "actor's gradient (norm)",
     "norm/saturation": "actions at their bounds (share)",
     "norm/q_bias": "bias of Q (in returns)",
+    "|norm/q_bias|": "|bias of Q| (in returns)",
     "norm/stat_lag": "lag of running statistics (std)",
     "norm/first_ratio": "|ratio - 1| before the first step",
     "norm/return_eval_mode": "return in eval mode",
@@ -89,7 +90,7 @@ FIGURES = {  # name: families, cells of them, environments, scalars
     "first": ("ddpg", FIRST, BOTH, "eval/return"),
     "ladder": ("sac", "none zfilter naive repair recipe recipe-wn crossq", BOTH, "eval/return"),
     "filter": ("sac", "none zfilter layernorm layernorm-zfilter", BOTH, "eval/return"),
-    "bias": ("ddpg sac", "repair recipe", HOPPER, "norm/q_bias"),
+    "bias": ("ddpg sac", "repair recipe", HOPPER, "|norm/q_bias|"),
     "gradient": ("ddpg", "naive repair", BOTH, "norm/actor_grad"),
     "main": ("ddpg-ant sac-ant", MAIN, ANT, "eval/return"),
     "ppo": (
@@ -177,7 +178,7 @@ def curve(ax, runs, scalar, **look):
 
 def set_scale(ax, scalar):
     """Choose the vertical axis of a scalar, logarithmic where its values span decades."""
-    if scalar == "norm/actor_grad":
+    if scalar in ("norm/actor_grad", "|norm/q_bias|"):
         ax.set_yscale("log")
     if scalar == "norm/first_ratio":
         ax.set_yscale("symlog", linthresh=0.1)

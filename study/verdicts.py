@@ -37,6 +37,7 @@ def read(folder):
             except (ValueError, KeyError) as error:
                 sys.exit(f"study.report: {file} holds no results ({error!r})")
             rows["earlier"] = where.startswith("earlier")
+            rows["|norm/q_bias|"] = rows["norm/q_bias"].abs()
             data.setdefault((cell, env), {})[seed] = rows
     return {key: dict(sorted(runs.items())) for key, runs in data.items()}
 
