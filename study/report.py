@@ -266,7 +266,7 @@ def picture(name, words):
 def answer(data):
     """Return a sentence for DDPG, SAC and PPO: returns without and with batch norm."""
     off = {"none": "without", "naive": "naive", "repair": "repair", "recipe": "recipe"}
-    off |= {"recipe-wn": "with weight norm"}
+    off |= {"recipe-wn": "weight norm"}
     ppo = {"none": "without", "eval-train": "naive", "train-train": "acting in train mode"}
     ppo |= {"zfilter": "a filter instead"}
     bullets = []
