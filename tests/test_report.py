@@ -133,6 +133,9 @@ def test_a_curve_is_the_iqm_and_stays_at_the_last_value_of_a_run_that_diverged()
     assert ax.lines[0].get_xydata().tolist() == [[0.01, 3], [0.02, 3]]
     ends = tuple(ax.collections[0].get_paths()[0].get_extents().intervaly)
     assert ends == verdicts.interval([0, 1, 2, 6, 100])
+    for gap in (np.nan, np.inf):  # later values keep their steps
+        report.curve(ax, [run([1, gap, 3])], "eval/return", color="red", marker="")
+        assert ax.lines[-1].get_xydata().tolist() == [[0.01, 1], [0.02, 1], [0.03, 3]]
 
 
 LEVELS = {"none": 100, "naive": 50, "repair": 100.5}
