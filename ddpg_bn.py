@@ -12,8 +12,9 @@ Equations and sections are those of the paper (arXiv 1509.02971). Details that i
 D1  Uniformly random actions at first, then uncorrelated Gaussian noise (TD3, arXiv 1802.09477).
 D2  A time-out is not a death: the target goes on through it (Pardo et al., arXiv 1712.00378).
 D3  The action enters the critic at its input (TD3), not at its second hidden layer (Sec. 7).
-D4  Constants are those of TD3 and CleanRL. The paper's: --actor-lr 1e-4 --batch-size 64 --tau 0.001
-    --hidden-sizes 400 300 --action-layer 1. Its weight decay and correlated noise are not here.
+D4  Constants are those of TD3 and CleanRL, but for the learning rates and --learning-starts. The
+    paper's: --actor-lr 1e-4 --batch-size 64 --tau 0.001 --hidden-sizes 400 300 --action-layer 1.
+    Its weight decay and correlated noise are not here.
 """
 
 import copy
@@ -42,10 +43,6 @@ from tqdm import tqdm
 
 from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: running statistics
 
-# NORM begin: flag: the choices of --norm
-Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
-# NORM end
-
 
 # ------------------------------------------------------------------------------------------- Args
 @dataclass
@@ -62,6 +59,7 @@ class Args:
     save_every: int = 20_000  # steps between checkpoints, which wait for the end of an episode
     resume: str = ""  # folder of a run to continue with its options, or to a higher total_steps
     # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
+    Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
     norm: tuple[Norm, ...] = ("none",)  # layers, a filter (zfilter, fixed) of observations, or both
     # where layers stand: on the input, before or after each hidden activation
     norm_position: tuple[Literal["input", "pre", "post"], ...] = ("post",)
@@ -69,12 +67,12 @@ class Args:
     norm_stats: str = ""  # fixed: the obs_stats.npz of an earlier run
     bn_momentum: float = 0.1  # weight of the newest batch in running statistics (JAX: 1 - this)
     bn_warmup: int = 100_000  # batchrenorm: passes in train mode that are plain batch norm (CrossQ)
-    # the target critic uses the running statistics, copied from the live one, or its own batch's
+    # eval: the target critic uses running statistics, copied from the live one. train: its batch's
     bn_target: Literal["eval", "train"] = "eval"
-    # in the actor's loss the critic uses its batch's statistics (naive, and fails), or running ones
+    # train: in the actor's loss the critic uses its batch's statistics (fails). eval: running ones
     bn_policy_critic: Literal["train", "eval"] = "train"
     bn_joint: bool = False  # (s, a) and (s', a') pass the critic as one batch (CrossNorm, CrossQ)
-    weight_norm: bool = False  # keep the weights of each hidden unit at length 1 (XQC)
+    weight_norm: bool = False  # keep each hidden unit's (weights, bias) at length 1 (XQC)
     reward_norm: bool = False  # divide rewards by the running deviation of their discounted sums
     # NORM end
     learning_starts: int = 5_000  # steps of random actions, before the first update (D1)
@@ -182,7 +180,7 @@ class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.net = make_net(obs_dim, *args.hidden_sizes, action_dim)
-        add_norm(self.net, "actor", args)  # NORM layer: inserted in place
+        add_norm(self.net, "actor", args)  # NORM layer: at --norm-position
 
     def forward(self, obs):
         return torch.tanh(self.net(obs))
@@ -216,7 +214,7 @@ def q_values(agent, batch, next_action, args):
     if args.bn_joint:
         both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
         q, q_next = agent.critic.train()(*both).chunk(2)
-        if args.target_network:  # drops this q_next, which only served the statistics
+        if args.target_network:  # the live q_next only served the statistics
             agent.critic_target.train(args.bn_target == "train")
             inputs = both if args.bn_target == "train" else (batch.next_obs, next_action)
             with torch.no_grad():
@@ -254,10 +252,8 @@ def gradient_step(optimizer, loss, max_grad_norm):
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)  # so the actor's loss gives the critic no gradient
-    if max_grad_norm:  # as clip_grad_norm_ does, but faster
-        gradients = [parameter.grad for parameter in parameters]
-        length = torch.stack(torch._foreach_norm(gradients)).norm()
-        torch._foreach_mul_(gradients, (max_grad_norm / (length + 1e-6)).clamp(max=1.0))
+    if max_grad_norm:
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
 
 
@@ -266,17 +262,17 @@ def update_target(target, source, tau):
     """theta' <- (1 - tau) theta' + tau theta (Algorithm 1)."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
     for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: of layers
-        old.copy_(new)  # NORM target: running statistics are no parameters: copied, not averaged
+        old.copy_(new)  # NORM target: running statistics: copied, so newer than averaged weights
 
 
 def update(agent, batch, args):
     """Take one step with critic, actor and targets; return losses and mean Q, by name."""
     loss_q, q = critic_loss(agent, batch, args)
     gradient_step(agent.critic_optimizer, loss_q, args.max_grad_norm)
-    project_weights(agent.critic)  # NORM layer: --weight-norm
+    project_weights(agent.critic)  # NORM layer: the step made weights longer
     loss_pi = actor_loss(agent, batch, args)
     gradient_step(agent.actor_optimizer, loss_pi, args.max_grad_norm)
-    project_weights(agent.actor)  # NORM layer: --weight-norm
+    project_weights(agent.actor)  # NORM layer: the step made weights longer
     if args.target_network:
         update_target(agent.actor_target, agent.actor, args.tau)
         update_target(agent.critic_target, agent.critic, args.tau)
@@ -307,8 +303,7 @@ class ReplayBuffer:
         return Batch(*(array[rows] for array in self.data))
 
     def state_dict(self):
-        data = [torch.from_numpy(array[: len(self)]) for array in self.data]
-        return {"added": self.added, "data": data}
+        return {"added": self.added, "data": [torch.from_numpy(x[: len(self)]) for x in self.data]}
 
     def load_state_dict(self, state):
         self.added = state["added"]
@@ -369,7 +364,7 @@ def train(args):
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     cpu = torch.cpu.get_capabilities()
     if cpu.get("avx512_f") and not cpu.get("amx_tile"):
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # takes oneDNN, still in float32
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # picks oneDNN; no AMX, so in float32
     seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
@@ -405,8 +400,8 @@ def train(args):
             # learn
             if run.step > args.learning_starts:
                 batch = sample_batch(agent, rng, args)
-                losses = update(agent, batch, args)
                 run.updates += 1
+                losses = update(agent, batch, args)
                 if run.step % 1000 == 0:
                     run.log(losses)
                     run.log(norm_scalars(agent, batch))  # NORM report: no effect on learning
@@ -417,7 +412,7 @@ def train(args):
                 run.log({"charts/episodic_return": env.return_queue[-1]})
                 if run.step // args.save_every > run.saved // args.save_every:
                     run.save()
-        run.log(losses)
+        run.log(losses)  # else a NaN of the last steps would pass
         run.log_evaluation(evaluate(agent, eval_env, args))
         run.save()
     except FloatingPointError as error:
@@ -430,10 +425,11 @@ def train(args):
 
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
+@torch.random.fork_rng()  # training keeps its own random numbers
 def evaluate(agent, env, args):
     """Play without noise, learning nothing; return {name: value} of the episodes."""
     returns = []
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # to restore
+    state = random.getstate(), np.random.get_state()
     errors = []  # NORM report: of Q
     for k in range(args.eval_episodes):
         obs, _ = env.reset(seed=1_000_000 + k)  # the same starts each time
@@ -450,7 +446,6 @@ def evaluate(agent, env, args):
         scalars["norm/q_bias"] = np.mean(errors)  # NORM report: see q_errors
     random.setstate(state[0])
     np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
     return scalars
 
 
@@ -481,7 +476,7 @@ def q_errors(agent, episode, terminated, args):
 def norm_scalars(agent, batch):
     """Return {name: value} about the last update, from its batch:
 
-    actor_grad: norm of the actor's gradient, as clipped.
+    actor_grad: norm of the actor's last gradient, as clipped.
     saturation: share of the components of the actor's actions with |a| > 0.98.
     stat_lag: mean over all layers of |running mean - batch mean| / batch std, for s or (s, a).
     """
@@ -538,7 +533,7 @@ def make_env(args, run=None):
     env = gym.wrappers.TransformObservation(env, to_vector, gym.spaces.flatten_space(obs_space))
     env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
     env = gym.wrappers.TransformReward(env, lambda reward: float(checked(np.squeeze(reward))))
-    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="ours")  # "episode" may be taken
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="ours")  # some fill "episode"
 
 
 def check_options(args):
@@ -549,17 +544,16 @@ def check_options(args):
     one_each = max(len(layers), len(filters)) <= 1 and len(layers + filters) == len(args.norm)
     is_batch = layers not in ([], ["layernorm"])
     # NORM end
-    needs = [  # (options, what one of them needs if it was changed, whether that is met)
-        ("eval_episodes", "1 or more", args.eval_episodes > 0),
-        ("save_every", "1 or more", args.save_every > 0),
+    positive = "eval_episodes", "save_every", "batch_size", "buffer_size"
+    needs = [  # (options, what they need, if it is met), asked where one is not the default
+        *((name, "1 or more", getattr(args, name) > 0) for name in positive),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
-        ("action_layer", "two hidden layers", len(args.hidden_sizes) > 1),
+        ("hidden_sizes", "a hidden layer", args.hidden_sizes),
         ("tau", "target networks", args.target_network),
         # NORM begin: flag: an option that would change nothing is a mistake
         ("norm", "one layer, one filter, or one of each", one_each),
         ("norm_position norm_net weight_norm", "a normalization layer", layers),
         ("weight_norm", "--norm-position pre or post", {"pre", "post"} & {*args.norm_position}),
-        ("weight_norm", "--action-layer 0", args.action_layer == 0),
         ("norm_position", "input, pre or post", {*args.norm_position} & {"input", "pre", "post"}),
         ("bn_momentum bn_target bn_policy_critic bn_joint", "batch norm", is_batch),
         ("bn_policy_critic bn_joint bn_target", "a critic with layers", args.norm_net != "actor"),
@@ -572,7 +566,7 @@ def check_options(args):
     ]
     for names, what, is_met in needs:
         for name in names.split():
-            is_asked = name in FREE or not args.resume  # load compares the others
+            is_asked = name in FREE or not args.resume  # on resume, load compares the others
             if is_asked and getattr(args, name) != getattr(Args, name) and not is_met:
                 raise ValueError(f"--{name.replace('_', '-')} needs {what}")
 
@@ -683,7 +677,8 @@ def saved_args(run_dir):
     saved = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["args"]
     if saved.keys() - vars(Args()).keys():
         raise ValueError(f"{run_dir} is of another script, or of another version of this one")
-    return Args(**saved | {"resume": str(run_dir), "device": "auto"})
+    device = "auto" if saved["device"] == "cuda" else saved["device"]  # a GPU may be gone
+    return Args(**saved | {"resume": str(run_dir), "device": device})
 
 
 def load_policy(run_dir):

@@ -23,7 +23,6 @@ D6  Early stop when an epoch's mean KL divergence exceeds --target-kl (off at 0;
     of the last minibatch).
 """
 
-import copy  # NORM report: diagnostics work on copies
 import itertools
 import json
 import math
@@ -51,9 +50,6 @@ from tqdm import tqdm
 from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: running statistics
 
 torch.distributions.Distribution.set_default_validate_args(False)  # NaN is for `checked` to find
-# NORM begin: flag: the choices of --norm
-Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
-# NORM end
 
 
 # ------------------------------------------------------------------------------------------- Args
@@ -71,6 +67,7 @@ class Args:
     save_every: int = 200_000  # steps between checkpoints, after which all episodes begin anew
     resume: str = ""  # folder of a run to continue with its options, or to a higher total_steps
     # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
+    Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
     norm: tuple[Norm, ...] = ("none",)  # layers, a filter (zfilter, fixed) of observations, or both
     # where layers stand: on the input, before or after each hidden activation
     norm_position: tuple[Literal["input", "pre", "post"], ...] = ("post",)
@@ -182,14 +179,14 @@ class Actor(nn.Module):
         self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
         outputs = int(action_space.n) if self.is_discrete else action_space.shape[0]
         self.net = make_net(0.01, obs_dim, *args.hidden_sizes, outputs)
-        add_norm(self.net, "actor", args)  # NORM layer: inserted in place
+        add_norm(self.net, "actor", args)  # NORM layer: at --norm-position
         if not self.is_discrete:
             self.log_std = nn.Parameter(torch.full((outputs,), math.log(0.5)))  # D3
 
     def forward(self, obs):
         outputs = self.net(obs)
         if self.is_discrete:
-            return torch.distributions.Categorical(logits=checked(outputs))
+            return torch.distributions.Categorical(logits=checked(outputs))  # an index hides a NaN
         normal = torch.distributions.Normal(outputs, self.log_std.exp())
         return torch.distributions.Independent(normal, 1)
 
@@ -200,15 +197,15 @@ class Critic(nn.Module):
     def __init__(self, obs_dim, args):
         super().__init__()
         self.net = make_net(1.0, obs_dim, *args.hidden_sizes, 1)
-        add_norm(self.net, "critic", args)  # NORM layer: inserted in place
+        add_norm(self.net, "critic", args)  # NORM layer: at --norm-position
 
     def forward(self, obs):
         return self.net(obs).squeeze(1)
 
 
 # ------------------------------------------------------------------------------ Losses and update
-# What n environments met at one step: obs (n, obs_dim), action (n, ...), the others (n,).
-# Stacked, with an axis of time before that of the environments.
+# One step of n environments: obs (n, obs_dim), action (n, ...), the others (n,). Or T steps
+# stacked: (T, n, ...).
 Rollout = namedtuple("Rollout", "obs action log_prob value reward done")
 
 # What is learnt from: obs (n, obs_dim), action (n, ...), the others (n,).
@@ -234,8 +231,10 @@ def make_batch(rollout, last_value, args):
 
 def policy_loss(log_ratio, advantage, args):
     """Return -mean min(ratio A, clip(ratio) A), with ratios pi(a|s) / pi_old(a|s) (Eq. 7)."""
-    ratio, a = log_ratio.exp(), (advantage - advantage.mean()) / (advantage.std() + 1e-8)  # D2
-    return -torch.min(ratio * a, ratio.clamp(1 - args.clip, 1 + args.clip) * a).mean()
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)  # D2
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
+    return -torch.min(ratio * advantage, clipped * advantage).mean()
 
 
 def gradient_step(optimizer, loss, max_grad_norm):
@@ -243,22 +242,20 @@ def gradient_step(optimizer, loss, max_grad_norm):
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward()
-    if max_grad_norm:  # as clip_grad_norm_ does, but faster
-        gradients = [parameter.grad for parameter in parameters]
-        length = torch.stack(torch._foreach_norm(gradients)).norm()
-        torch._foreach_mul_(gradients, (max_grad_norm / (length + 1e-6)).clamp(max=1.0))
+    if max_grad_norm:
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
 
 
 def update(agent, batch, rng, args):
-    """Learn from a rollout; return losses, mostly of the last minibatch, and steps taken."""
-    agent.actor.train(args.bn_update == "train")  # NORM mode: the pi that acted if both are eval
+    """Learn from a rollout; return losses of the last minibatch, and steps taken."""
+    agent.actor.train(args.bn_update == "train")  # NORM mode: train: no longer the pi that acted
     agent.critic.train(args.bn_update == "train")  # NORM mode: train: moves running statistics
     taken, losses = 0, {}
     for _ in range(args.epochs):
-        rows, log_ratios = rng.permutation(len(batch.obs)), []
-        parts = (x[rows].chunk(args.minibatches) for x in batch)
-        for part in map(Batch._make, zip(*parts, strict=True)):
+        log_ratios, order = [], torch.as_tensor(rng.permutation(len(batch.obs)))
+        for rows in order.chunk(args.minibatches):
+            part = Batch(*(x[rows] for x in batch))
             policy = agent.actor(part.obs)
             log_ratio = policy.log_prob(part.action) - part.log_prob
             loss_pi = policy_loss(log_ratio, part.advantage, args)
@@ -312,14 +309,6 @@ def state_value(agent, obs, args):
     """Return V(s), (n,), without acting, for observations (n, obs_dim)."""
     agent.critic.train(args.bn_rollout == "train")  # NORM mode: that of the values in explore
     return agent.critic(as_input(agent, obs))
-
-
-def bootstrap(agent, reward, next_obs, timed_out, args):
-    """Return rewards (n,) with gamma V(s') added where a time-out cut an episode (D1)."""
-    if timed_out.any():
-        value = state_value(agent, next_obs, args).cpu().numpy()
-        reward = reward + args.gamma * timed_out * value
-    return reward
 
 
 # ------------------------------------------------------------------------------------------ Train
@@ -390,7 +379,10 @@ def train(args):
                     agent.reward_scale.learn(reward, done)  # NORM reward: before it is used
                     reward = agent.reward_scale(reward)  # NORM reward: what is learnt from
                 # store
-                reward = bootstrap(agent, reward, next_obs, truncated & ~terminated, args)
+                timed_out = truncated & ~terminated
+                if timed_out.any():  # D1
+                    next_value = state_value(agent, next_obs, args).cpu().numpy()
+                    reward = reward + args.gamma * timed_out * next_value
                 arrays = torch.as_tensor(np.float32([reward, done]), device=device)
                 steps.append(Rollout(seen, action, policy.log_prob(action), value, *arrays))
                 for k in np.flatnonzero(done):
@@ -405,7 +397,6 @@ def train(args):
             run.updates += taken
             # report
             run.log(losses)
-            run.log(norm_scalars(agent, batch))  # NORM report: no effect on learning
             if episode_returns:
                 run.log({"charts/episodic_return": np.mean(episode_returns)})
             due = args.eval_every and run.step // args.eval_every > before // args.eval_every
@@ -426,9 +417,10 @@ def train(args):
 
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
+@torch.random.fork_rng()  # training keeps its own random numbers
 def evaluate(agent, envs, args):
     """Play without noise, learning nothing; return {name: value} of the episodes."""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # to restore
+    state = random.getstate(), np.random.get_state()
     obs = np.array([env.reset(seed=1_000_000 + k)[0] for k, env in enumerate(envs)])
     returns, playing = np.zeros(len(envs)), np.ones(len(envs), bool)
     while playing.any():
@@ -437,31 +429,14 @@ def evaluate(agent, envs, args):
         done = terminated | truncated
         playing &= ~done
         for k in np.flatnonzero(done):
-            obs[k], _ = envs[k].reset()
+            obs[k], _ = envs[k].reset()  # plays on, uncounted
     random.setstate(state[0])
     np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
     return {"eval/return": np.mean(returns), "eval/return_std": np.std(returns)}
 
 
 # NORM begin: report: what normalization does to a run, made visible
-SCALARS = "norm/first_ratio", "norm/stat_lag"
-
-
-@torch.no_grad()
-def norm_scalars(agent, batch):
-    """Return {"norm/stat_lag": mean over features of |running mean - batch mean| / batch std}."""
-    lags = []
-    for net in (agent.actor.net, agent.critic.net):
-        fresh = copy.deepcopy(net).train()
-        for layer in fresh.modules():
-            layer.momentum = 1.0  # a pass makes running statistics those of its batch
-        fresh(batch.obs)
-        for old, new in zip(net.modules(), fresh.modules(), strict=True):
-            if hasattr(old, "running_mean"):
-                std = (new.running_var + new.eps).sqrt()
-                lags.append(((old.running_mean - new.running_mean).abs() / std).mean())
-    return {"norm/stat_lag": torch.stack(lags).mean()} if lags else {}
+SCALARS = ("norm/first_ratio",)
 
 
 # NORM end
@@ -505,7 +480,7 @@ def make_env(args, run=None):
     env = gym.wrappers.TransformObservation(env, to_input, gym.spaces.flatten_space(obs_space))
     env = gym.wrappers.TransformAction(env, to_env, actions)
     env = gym.wrappers.TransformReward(env, lambda reward: float(checked(np.squeeze(reward))))
-    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="ours")  # "episode" may be taken
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="ours")  # some fill "episode"
 
 
 def check_options(args):
@@ -518,10 +493,11 @@ def check_options(args):
     # NORM end
     steps, parts = args.num_envs * args.num_steps, args.minibatches
     equal = args.epochs > 0 and parts > 0 and steps % parts == 0 and steps >= 2 * parts
-    needs = [  # (options, what one of them needs if it was changed, whether that is met)
-        ("eval_episodes", "1 or more", args.eval_episodes > 0),
-        ("save_every", "1 or more", args.save_every > 0),
+    positive = "eval_episodes", "save_every"
+    needs = [  # (options, what they need, if it is met), asked where one is not the default
+        *((name, "1 or more", getattr(args, name) > 0) for name in positive),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
+        ("hidden_sizes", "a hidden layer", args.hidden_sizes),
         ("epochs num_envs num_steps minibatches", "equal minibatches of 2 or more", equal),
         # NORM begin: flag: an option that would change nothing is a mistake
         ("norm", "one layer, one filter, or one of each", one_each),
@@ -537,7 +513,7 @@ def check_options(args):
     ]
     for names, what, is_met in needs:
         for name in names.split():
-            is_asked = name in FREE or not args.resume  # load compares the others
+            is_asked = name in FREE or not args.resume  # on resume, load compares the others
             if is_asked and getattr(args, name) != getattr(Args, name) and not is_met:
                 raise ValueError(f"--{name.replace('_', '-')} needs {what}")
 
@@ -648,7 +624,8 @@ def saved_args(run_dir):
     saved = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["args"]
     if saved.keys() - vars(Args()).keys():
         raise ValueError(f"{run_dir} is of another script, or of another version of this one")
-    return Args(**saved | {"resume": str(run_dir), "device": "auto"})
+    device = "auto" if saved["device"] == "cuda" else saved["device"]  # a GPU may be gone
+    return Args(**saved | {"resume": str(run_dir), "device": device})
 
 
 def load_policy(run_dir):

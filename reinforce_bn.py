@@ -52,9 +52,6 @@ from tqdm import tqdm
 from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: running statistics
 
 torch.distributions.Distribution.set_default_validate_args(False)  # NaN is for `checked` to find
-# NORM begin: flag: the choices of --norm
-Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
-# NORM end
 
 
 # ------------------------------------------------------------------------------------------- Args
@@ -72,6 +69,7 @@ class Args:
     save_every: int = 50_000  # steps between checkpoints, which wait for the end of an iteration
     resume: str = ""  # folder of a run to continue with its options, or to a higher total_steps
     # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
+    Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
     norm: tuple[Norm, ...] = ("none",)  # layers, a filter (zfilter, fixed) of observations, or both
     # where layers stand: on the input, before or after each hidden activation
     norm_position: tuple[Literal["input", "pre", "post"], ...] = ("post",)
@@ -188,7 +186,7 @@ class Actor(nn.Module):
         self.is_discrete = isinstance(action_space, gym.spaces.Discrete)
         outputs = int(action_space.n) if self.is_discrete else action_space.shape[0]
         self.net = make_net(0.01, obs_shape, outputs, args)
-        add_norm(self.net, "actor", args)  # NORM layer: inserted in place
+        add_norm(self.net, "actor", args)  # NORM layer: at --norm-position
         if not self.is_discrete:
             self.log_std = nn.Parameter(torch.full((outputs,), math.log(0.5)))  # D3
 
@@ -206,7 +204,7 @@ class Critic(nn.Module):
     def __init__(self, obs_shape, args):
         super().__init__()
         self.net = make_net(1.0, obs_shape, 1, args)
-        add_norm(self.net, "critic", args)  # NORM layer: inserted in place
+        add_norm(self.net, "critic", args)  # NORM layer: at --norm-position
 
     def forward(self, obs):
         return self.net(obs).squeeze(1)
@@ -248,16 +246,14 @@ def gradient_step(optimizer, loss, max_grad_norm):
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward()
-    if max_grad_norm:  # as clip_grad_norm_ does, but faster
-        gradients = [parameter.grad for parameter in parameters]
-        length = torch.stack(torch._foreach_norm(gradients)).norm()
-        torch._foreach_mul_(gradients, (max_grad_norm / (length + 1e-6)).clamp(max=1.0))
+    if max_grad_norm:
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
 
 
 def update(agent, batch, args):
     """Learn from a rollout; return losses by name, and the gradient steps taken."""
-    agent.actor.train(args.bn_update == "train")  # NORM mode: the pi that acted if both are eval
+    agent.actor.train(args.bn_update == "train")  # NORM mode: train: no longer the pi that acted
     agent.critic.train(args.bn_update == "train")  # NORM mode: train: moves running statistics
     policy = agent.actor(batch.obs)
     loss_pi = policy_loss(policy.log_prob(batch.action), batch.advantage)
@@ -302,14 +298,6 @@ def state_value(agent, obs, args):
     return agent.critic(as_input(agent, obs))
 
 
-def bootstrap(agent, reward, next_obs, timed_out, args):
-    """Return rewards (n,) with gamma V(s') added where a time-out cut an episode (D1)."""
-    if timed_out.any():
-        value = state_value(agent, next_obs, args).cpu().numpy()
-        reward = reward + args.gamma * timed_out * value
-    return reward
-
-
 # ------------------------------------------------------------------------------------------ Train
 def step_all(envs, actions):
     """Step each environment; return observations, rewards, terminated and truncated, (n, ...)."""
@@ -349,7 +337,7 @@ def train(args):
     random.seed(seeds[0])
     np.random.seed(seeds[0])
     envs = [make_env(args) for _ in range(args.num_envs)]
-    for env, seed in zip(envs, seeds[2:], strict=True):
+    for env, seed in zip(envs, seeds[2:], strict=True):  # seeds[1] is for the rng of ppo_bn.py
         env.unwrapped.reset(seed=seed)  # makes the generator that Run saves
     agent = make_agent(envs[0], args, device)
     run = Run(args, agent, [env.unwrapped.np_random for env in envs])
@@ -377,7 +365,10 @@ def train(args):
                     agent.reward_scale.learn(reward, done)  # NORM reward: before it is used
                     reward = agent.reward_scale(reward)  # NORM reward: what is learnt from
                 # store
-                reward = bootstrap(agent, reward, next_obs, truncated & ~terminated, args)
+                timed_out = truncated & ~terminated
+                if timed_out.any():  # D1
+                    next_value = state_value(agent, next_obs, args).cpu().numpy()
+                    reward = reward + args.gamma * timed_out * next_value
                 arrays = torch.as_tensor(np.float32([reward, done, playing]), device=device)
                 steps.append(Rollout(seen, action, value, *arrays))
                 for k in np.flatnonzero(done):
@@ -393,7 +384,6 @@ def train(args):
             run.updates += taken
             # report
             run.log(losses | {"charts/episodic_return": np.mean(episode_returns)})
-            run.log(norm_scalars(agent, batch))  # NORM report: no effect on learning
             due = args.eval_every and run.step // args.eval_every > before // args.eval_every
             last = run.step >= args.total_steps
             if due and not last:
@@ -401,7 +391,7 @@ def train(args):
             if run.step // args.save_every > run.saved // args.save_every and not last:
                 run.save()
         if batch:  # NORM report: returns by mode
-            run.log(returns_by_mode(agent, args, batch))  # NORM mode: --bn-recalibrate, which stays
+            run.log(returns_by_mode(agent, args, batch))  # NORM mode: may recalibrate it
         run.log_evaluation(evaluate(agent, eval_envs, args))
         run.save()
     except FloatingPointError as error:
@@ -413,9 +403,10 @@ def train(args):
 
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
+@torch.random.fork_rng()  # training keeps its own random numbers
 def evaluate(agent, envs, args):
     """Play without noise, learning nothing; return {name: value} of the episodes."""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # to restore
+    state = random.getstate(), np.random.get_state()
     obs = np.array([env.reset(seed=1_000_000 + k)[0] for k, env in enumerate(envs)])
     returns, playing = np.zeros(len(envs)), np.ones(len(envs), bool)
     while playing.any():
@@ -424,46 +415,28 @@ def evaluate(agent, envs, args):
         done = terminated | truncated
         playing &= ~done
         for k in np.flatnonzero(done):
-            obs[k], _ = envs[k].reset()
+            obs[k], _ = envs[k].reset()  # plays on, uncounted
     random.setstate(state[0])
     np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
     return {"eval/return": np.mean(returns), "eval/return_std": np.std(returns)}
 
 
 # NORM begin: report: what normalization does to a run, made visible
-SCALARS = "norm/stat_lag", "norm/return_eval_mode", "norm/return_train_mode"
-SCALARS += ("norm/return_recalibrated_mode",)
-
-
-@torch.no_grad()
-def norm_scalars(agent, batch):
-    """Return {"norm/stat_lag": mean over features of |running mean - batch mean| / batch std}."""
-    lags = []
-    for net in (agent.actor.net, agent.critic.net):
-        fresh = copy.deepcopy(net).train()
-        for layer in fresh.modules():
-            layer.momentum = 1.0  # a pass makes running statistics those of its batch
-        fresh(batch.obs)
-        for old, new in zip(net.modules(), fresh.modules(), strict=True):
-            if hasattr(old, "running_mean"):
-                std = (new.running_var + new.eps).sqrt()
-                lags.append(((old.running_mean - new.running_mean).abs() / std).mean())
-    return {"norm/stat_lag": torch.stack(lags).mean()} if lags else {}
+SCALARS = "norm/return_eval_mode", "norm/return_train_mode", "norm/return_recalibrated_mode"
 
 
 @torch.no_grad()
 def returns_by_mode(agent, args, batch):
     """Return {name: value}: the policy's return in eval mode, in train mode, and recalibrated.
 
-    It stays recalibrated. All in --num-envs environments.
+    Returns are means of --num-envs episodes. With --bn-recalibrate the policy stays recalibrated.
     """
     if args.norm_net == "critic" or not {"batchnorm", "batchrenorm"} & {*args.norm}:
         return {}  # the policy has no modes
     envs, actor, scalars = [make_env(args) for _ in range(args.num_envs)], agent.actor, {}
     scalars["norm/return_eval_mode"] = evaluate(agent, envs, args)["eval/return"]
     agent.actor = copy.deepcopy(actor)
-    agent.actor.eval = agent.actor.train  # act calls eval()
+    agent.actor.eval = agent.actor.train  # act calls eval(), which now means train()
     scalars["norm/return_train_mode"] = evaluate(agent, envs, args)["eval/return"]
     agent.actor = actor
     for _ in range(args.bn_recalibrate):
@@ -526,7 +499,7 @@ def make_env(args, run=None):
     env = gym.wrappers.TransformObservation(env, to_input, inputs)
     env = gym.wrappers.TransformAction(env, to_env, actions)
     env = gym.wrappers.TransformReward(env, lambda reward: float(checked(np.squeeze(reward))))
-    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="ours")  # "episode" may be taken
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="ours")  # some fill "episode"
 
 
 def check_options(args):
@@ -539,12 +512,11 @@ def check_options(args):
     inputs = args.network != "linear" or args.norm_position == ("input",)
     modes = args.bn_rollout, args.bn_update
     # NORM end
-    needs = [  # (options, what one of them needs if it was changed, whether that is met)
-        ("eval_episodes", "1 or more", args.eval_episodes > 0),
-        ("save_every", "1 or more", args.save_every > 0),
+    positive = "eval_episodes", "save_every", "num_envs", "critic_steps"
+    needs = [  # (options, what they need, if it is met), asked where one is not the default
+        *((name, "1 or more", getattr(args, name) > 0) for name in positive),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
-        ("hidden_sizes", "hidden layers", args.network != "linear"),
-        ("critic_steps", "1 or more", args.critic_steps > 0),
+        ("hidden_sizes", "hidden layers", args.hidden_sizes and args.network != "linear"),
         # NORM begin: flag: an option that would change nothing is a mistake
         ("norm", "one layer, one filter, or one of each", one_each),
         ("norm_position norm_net", "a normalization layer", layers),
@@ -562,7 +534,7 @@ def check_options(args):
     ]
     for names, what, is_met in needs:
         for name in names.split():
-            is_asked = name in FREE or not args.resume  # load compares the others
+            is_asked = name in FREE or not args.resume  # on resume, load compares the others
             if is_asked and getattr(args, name) != getattr(Args, name) and not is_met:
                 raise ValueError(f"--{name.replace('_', '-')} needs {what}")
 
@@ -673,7 +645,8 @@ def saved_args(run_dir):
     saved = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["args"]
     if saved.keys() - vars(Args()).keys():
         raise ValueError(f"{run_dir} is of another script, or of another version of this one")
-    return Args(**saved | {"resume": str(run_dir), "device": "auto"})
+    device = "auto" if saved["device"] == "cuda" else saved["device"]  # a GPU may be gone
+    return Args(**saved | {"resume": str(run_dir), "device": device})
 
 
 def load_policy(run_dir):

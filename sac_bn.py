@@ -5,7 +5,7 @@ From naive batch norm to what works, each line adds to the last:  # NORM flag: t
 python sac_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: naive, to watch it fail
     --bn-policy-critic eval  # NORM flag: the actor's loss uses statistics that it cannot move
     --bn-joint  # NORM flag: (s, a) and (s', a') share their statistics
-    --bn-target train  # NORM flag: so does the target critic: this is the recipe
+    --bn-target train  # NORM flag: those of the target critic are its batch's: the recipe
     --weight-norm  # NORM flag: weights of fixed length keep the learning rate that was set
     --reward-norm  # NORM flag: Q has one scale in every environment
 CrossQ (Bhatt et al. 2024) is a branch after --bn-joint:  # NORM flag: without a target network
@@ -55,9 +55,6 @@ from tqdm import tqdm
 from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: running statistics
 
 torch.distributions.Distribution.set_default_validate_args(False)  # NaN is for `checked` to find
-# NORM begin: flag: the choices of --norm
-Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
-# NORM end
 
 
 # ------------------------------------------------------------------------------------------- Args
@@ -75,6 +72,7 @@ class Args:
     save_every: int = 20_000  # steps between checkpoints, which wait for the end of an episode
     resume: str = ""  # folder of a run to continue with its options, or to a higher total_steps
     # NORM begin: flag: what normalizes, where it stands, and whose statistics each pass uses
+    Norm = Literal["none", "batchnorm", "batchrenorm", "layernorm", "zfilter", "fixed"]
     norm: tuple[Norm, ...] = ("none",)  # layers, a filter (zfilter, fixed) of observations, or both
     # where layers stand: on the input, before or after each hidden activation
     norm_position: tuple[Literal["input", "pre", "post"], ...] = ("post",)
@@ -82,12 +80,12 @@ class Args:
     norm_stats: str = ""  # fixed: the obs_stats.npz of an earlier run
     bn_momentum: float = 0.1  # weight of the newest batch in running statistics (JAX: 1 - this)
     bn_warmup: int = 100_000  # batchrenorm: passes in train mode that are plain batch norm (CrossQ)
-    # the target critic uses the running statistics, copied from the live one, or its own batch's
+    # eval: the target critic uses running statistics, copied from the live one. train: its batch's
     bn_target: Literal["eval", "train"] = "eval"
-    # in the actor's loss the critic uses its batch's statistics (naive, and fails), or running ones
+    # train: in the actor's loss the critic uses its batch's statistics (fails). eval: running ones
     bn_policy_critic: Literal["train", "eval"] = "train"
     bn_joint: bool = False  # (s, a) and (s', a') pass the critic as one batch (CrossNorm, CrossQ)
-    weight_norm: bool = False  # keep the weights of each hidden unit at length 1 (XQC)
+    weight_norm: bool = False  # keep each hidden unit's (weights, bias) at length 1 (XQC)
     reward_norm: bool = False  # divide rewards by the running deviation of their discounted sums
     # NORM end
     learning_starts: int = 5_000  # steps of random actions, before the first update (D1)
@@ -196,7 +194,7 @@ class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.net = make_net(obs_dim, *args.hidden_sizes, 2 * action_dim)
-        add_norm(self.net, "actor", args)  # NORM layer: inserted in place
+        add_norm(self.net, "actor", args)  # NORM layer: at --norm-position
 
     def forward(self, obs):
         """Return the median actions."""
@@ -244,7 +242,7 @@ def q_values(agent, batch, next_action, args):
     if args.bn_joint:
         both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.action, next_action])
         q, q_next = agent.critic.train()(*both).chunk(2)
-        if args.target_network:  # drops this q_next, which only served the statistics
+        if args.target_network:  # the live q_next only served the statistics
             agent.critic_target.train(args.bn_target == "train")
             inputs = both if args.bn_target == "train" else (batch.next_obs, next_action)
             with torch.no_grad():
@@ -273,7 +271,7 @@ def actor_loss(agent, batch, args):
     """Return the mean of alpha log pi(a|s) - min Q(s, a), a ~ pi (Eq. 9), and log pi(a|s), (n,)."""
     agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
     # NORM mode: train mode gives each feature the mean beta, its bias, whatever pi does. If such a
-    # NORM mode: layer feeds the output (w, b), mean Q = w beta + b: only which Q is min feels pi.
+    # NORM mode: layer feeds the output (w, b), mean Q = w beta + b: what is left is -|Q1 - Q2| / 2.
     agent.critic.train(args.bn_policy_critic == "train")  # NORM mode: train is naive, eval repairs
     action, log_prob = agent.actor.sample(batch.obs)
     alpha = agent.log_alpha.exp().detach()
@@ -290,10 +288,8 @@ def gradient_step(optimizer, loss, max_grad_norm):
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)  # so the actor's loss gives the critic no gradient
-    if max_grad_norm:  # as clip_grad_norm_ does, but faster
-        gradients = [parameter.grad for parameter in parameters]
-        length = torch.stack(torch._foreach_norm(gradients)).norm()
-        torch._foreach_mul_(gradients, (max_grad_norm / (length + 1e-6)).clamp(max=1.0))
+    if max_grad_norm:
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
 
 
@@ -302,19 +298,19 @@ def update_target(target, source, tau):
     """theta' <- (1 - tau) theta' + tau theta (Algorithm 1)."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
     for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: of layers
-        old.copy_(new)  # NORM target: running statistics are no parameters: copied, not averaged
+        old.copy_(new)  # NORM target: running statistics: copied, so newer than averaged weights
 
 
 def update(agent, batch, updates, args):
     """Take step number `updates` with critics, actor, temperature, targets; return losses."""
     loss_q, q = critic_loss(agent, batch, args)
     gradient_step(agent.critic_optimizer, loss_q, args.max_grad_norm)
-    project_weights(agent.critic)  # NORM layer: --weight-norm
+    project_weights(agent.critic)  # NORM layer: the step made weights longer
     losses = {"losses/critic": loss_q, "losses/q": q.mean()}
     if updates % args.policy_delay == 0:
         loss_pi, log_prob = actor_loss(agent, batch, args)
         gradient_step(agent.actor_optimizer, loss_pi, args.max_grad_norm)
-        project_weights(agent.actor)  # NORM layer: --weight-norm
+        project_weights(agent.actor)  # NORM layer: the step made weights longer
         gradient_step(agent.alpha_optimizer, alpha_loss(agent, log_prob), 0.0)
         losses |= {"losses/actor": loss_pi, "losses/entropy": -log_prob.mean()}
         losses["losses/alpha"] = agent.log_alpha.exp()
@@ -347,8 +343,7 @@ class ReplayBuffer:
         return Batch(*(array[rows] for array in self.data))
 
     def state_dict(self):
-        data = [torch.from_numpy(array[: len(self)]) for array in self.data]
-        return {"added": self.added, "data": data}
+        return {"added": self.added, "data": [torch.from_numpy(x[: len(self)]) for x in self.data]}
 
     def load_state_dict(self, state):
         self.added = state["added"]
@@ -387,7 +382,7 @@ def make_agent(env, args, device):
     agent.critic = Critic(obs_dim, action_dim, args).to(device)
     agent.critic_target = copy.deepcopy(agent.critic) if args.target_network else agent.critic
     agent.temperature = nn.ParameterDict({"log_alpha": torch.zeros(())}).to(device)
-    agent.log_alpha = agent.temperature["log_alpha"]  # so that alpha > 0
+    agent.log_alpha = agent.temperature["log_alpha"]  # log: alpha > 0; in a module: Run saves it
     agent.target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
     betas = args.adam_beta1, 0.999
     agent.actor_optimizer = Adam(agent.actor.parameters(), args.actor_lr, betas, fused=True)
@@ -414,7 +409,7 @@ def train(args):
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     cpu = torch.cpu.get_capabilities()
     if cpu.get("avx512_f") and not cpu.get("amx_tile"):
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # takes oneDNN, still in float32
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # picks oneDNN; no AMX, so in float32
     seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
@@ -450,7 +445,7 @@ def train(args):
             if run.step > args.learning_starts:
                 batch = sample_batch(agent, rng, args)
                 run.updates += 1
-                losses |= update(agent, batch, run.updates, args)
+                losses |= update(agent, batch, run.updates, args)  # not all, if policy_delay
                 if run.step % 1000 == 0:
                     run.log(losses)
                     run.log(norm_scalars(agent, batch))  # NORM report: no effect on learning
@@ -461,7 +456,7 @@ def train(args):
                 run.log({"charts/episodic_return": env.return_queue[-1]})
                 if run.step // args.save_every > run.saved // args.save_every:
                     run.save()
-        run.log(losses)
+        run.log(losses)  # else a NaN of the last steps would pass
         run.log_evaluation(evaluate(agent, eval_env, args))
         run.save()
     except FloatingPointError as error:
@@ -474,10 +469,11 @@ def train(args):
 
 
 # --------------------------------------------------------------------- Evaluation and diagnostics
+@torch.random.fork_rng()  # training keeps its own random numbers
 def evaluate(agent, env, args):
     """Play without noise, learning nothing; return {name: value} of the episodes."""
     returns = []
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # to restore
+    state = random.getstate(), np.random.get_state()
     errors = []  # NORM report: of Q
     for k in range(args.eval_episodes):
         obs, _ = env.reset(seed=1_000_000 + k)  # the same starts each time
@@ -494,7 +490,6 @@ def evaluate(agent, env, args):
         scalars["norm/q_bias"] = np.mean(errors)  # NORM report: see q_errors
     random.setstate(state[0])
     np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
     return scalars
 
 
@@ -516,8 +511,7 @@ def q_errors(agent, episode, terminated, args):
         rewards = agent.reward_scale(rewards)  # Q is of scaled ones
     inputs = agent.obs_filter(obs), action
     inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
-    with torch.random.fork_rng():  # training keeps its own random numbers
-        _, log_prob = agent.actor.eval().sample(inputs[0])
+    _, log_prob = agent.actor.eval().sample(inputs[0])
     bonus = -(agent.log_alpha.exp() * log_prob).cpu().numpy()
     q, g = agent.critic.eval()(*inputs).mean(1).cpu().numpy(), np.array([*rewards, 0.0])
     for t in reversed(range(len(q) - 1)):
@@ -530,7 +524,7 @@ def q_errors(agent, episode, terminated, args):
 def norm_scalars(agent, batch):
     """Return {name: value} about the last update, from its batch:
 
-    actor_grad: norm of the actor's gradient, as clipped.
+    actor_grad: norm of the actor's last gradient, as clipped.
     saturation: share of the components of the actor's actions with |a| > 0.98.
     stat_lag: mean over all layers of |running mean - batch mean| / batch std, for s or (s, a).
     """
@@ -587,7 +581,7 @@ def make_env(args, run=None):
     env = gym.wrappers.TransformObservation(env, to_vector, gym.spaces.flatten_space(obs_space))
     env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, low.shape))
     env = gym.wrappers.TransformReward(env, lambda reward: float(checked(np.squeeze(reward))))
-    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="ours")  # "episode" may be taken
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key="ours")  # some fill "episode"
 
 
 def check_options(args):
@@ -598,10 +592,11 @@ def check_options(args):
     one_each = max(len(layers), len(filters)) <= 1 and len(layers + filters) == len(args.norm)
     is_batch = layers not in ([], ["layernorm"])
     # NORM end
-    needs = [  # (options, what one of them needs if it was changed, whether that is met)
-        ("eval_episodes", "1 or more", args.eval_episodes > 0),
-        ("save_every", "1 or more", args.save_every > 0),
+    positive = "eval_episodes", "save_every", "batch_size", "buffer_size", "policy_delay"
+    needs = [  # (options, what they need, if it is met), asked where one is not the default
+        *((name, "1 or more", getattr(args, name) > 0) for name in positive),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
+        ("hidden_sizes", "a hidden layer", args.hidden_sizes),
         ("tau", "target networks", args.target_network),
         # NORM begin: flag: an option that would change nothing is a mistake
         ("norm", "one layer, one filter, or one of each", one_each),
@@ -619,7 +614,7 @@ def check_options(args):
     ]
     for names, what, is_met in needs:
         for name in names.split():
-            is_asked = name in FREE or not args.resume  # load compares the others
+            is_asked = name in FREE or not args.resume  # on resume, load compares the others
             if is_asked and getattr(args, name) != getattr(Args, name) and not is_met:
                 raise ValueError(f"--{name.replace('_', '-')} needs {what}")
 
@@ -730,7 +725,8 @@ def saved_args(run_dir):
     saved = torch.load(Path(run_dir, "checkpoint.pt"), "cpu", mmap=True, weights_only=True)["args"]
     if saved.keys() - vars(Args()).keys():
         raise ValueError(f"{run_dir} is of another script, or of another version of this one")
-    return Args(**saved | {"resume": str(run_dir), "device": "auto"})
+    device = "auto" if saved["device"] == "cuda" else saved["device"]  # a GPU may be gone
+    return Args(**saved | {"resume": str(run_dir), "device": device})
 
 
 def load_policy(run_dir):

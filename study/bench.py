@@ -261,13 +261,15 @@ def shares(args):
         steps = script.Args.eval_every + 2 * A_ROLLOUT
         options = {"total_steps": steps} if name == "ppo_bn" else {"total_steps": steps + 300}
         options |= {} if name == "ppo_bn" else {"learning_starts": 300, "buffer_size": 20_000}
-        with stopwatch(script, "update", "evaluate", "norm_scalars") as times:
+        names = ["update", "evaluate", "norm_scalars"][: 2 if name == "ppo_bn" else 3]
+        with stopwatch(script, *names) as times:
             run(script, env=args.env[0], norm=norm, **options)
         seconds = {key: [end - start for start, end in x] for key, x in times.items()}
         timed = len(times["update"]) * (A_ROLLOUT if name == "ppo_bn" else 1)
         wall, playing = times["update"][-1][1] - times["update"][0][0], seconds["evaluate"][0]
         between = (wall - playing) * script.Args.eval_every / timed  # two evaluations
-        evaluation, panel = playing / (between + playing), sum(seconds["norm_scalars"]) / wall
+        panel = sum(seconds.get("norm_scalars", [])) / wall
+        evaluation = playing / (between + playing)
         print(f"| `{name}.py` | {norm} | {evaluation:.1%} | {panel:.2%} |")
 
 

@@ -67,7 +67,8 @@ REFUSED = [
     (OFF_POLICY, {"tau": 0.5, "target_network": False}, "--tau needs"),
     (OFF_POLICY, BN | {"batch_size": 1}, "--batch-size needs"),
     (OFF_POLICY, {"weight_norm": True}, "--weight-norm needs"),
-    (["ddpg_bn"], {"hidden_sizes": (9,), "action_layer": 1}, "--action-layer needs"),
+    (SCRIPTS, {"hidden_sizes": ()}, "--hidden-sizes needs"),
+    (OFF_POLICY, {"buffer_size": 0}, "--buffer-size needs"),
     (ON_POLICY, {"norm": "layernorm", "bn_rollout": "train"}, "--bn-rollout needs"),
     (ON_POLICY, BN | {"num_envs": 1, "bn_rollout": "train"}, "--num-envs needs"),
     (["ppo_bn"], {"minibatches": 2048}, "--minibatches needs"),
@@ -150,7 +151,7 @@ def test_resume_extends_and_evaluates_again(small):
     first = ddpg_bn.train(small(ddpg_bn, total_steps=160, **options))
     whole = ddpg_bn.train(small(ddpg_bn, total_steps=320, **options))
     again = ddpg_bn.saved_args(first["run_dir"])
-    assert ddpg_bn.train(again)["eval"] == first["eval"]
+    assert again.device == "cpu" and ddpg_bn.train(again)["eval"] == first["eval"]
     for options in ({"critic_lr": 0.5}, {"norm": ("layernorm",)}, {"env": "Pendulum-v0"}):
         with pytest.raises(ValueError, match=f"another --{next(iter(options)).replace('_', '-')}"):
             ddpg_bn.Run(replace(again, **options), None, [])

@@ -430,8 +430,7 @@ def test_every_kind_of_run_learns_something(on_policy, small, options):
             assert not torch.equal(value, end["agent"][name][key]), (name, key)
     expected = {"losses/critic", "losses/policy", "losses/entropy", "eval/return"}
     expected |= {"charts/episodic_return"}
-    found = all_scalars(args.run_dir).keys()
-    assert expected <= found and ("norm/stat_lag" in found) == args.norm[0].startswith("batch")
+    assert expected <= all_scalars(args.run_dir).keys()
 
 
 def test_cartpole_is_learnt(on_policy, small):
