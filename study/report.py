@@ -90,7 +90,7 @@ FIGURES = {  # name: families, cells of them, environments, scalars
     "first": ("ddpg", FIRST, BOTH, "eval/return"),
     "ladder": ("sac", "none zfilter naive repair recipe recipe-wn crossq", BOTH, "eval/return"),
     "filter": ("sac", "none zfilter layernorm layernorm-zfilter", BOTH, "eval/return"),
-    "bias": ("ddpg sac", "repair recipe", HOPPER, "|norm/q_bias|"),
+    "bias": ("ddpg sac", "repair two-pass recipe", HOPPER, "|norm/q_bias|"),
     "gradient": ("ddpg", "naive repair", BOTH, "norm/actor_grad"),
     "main": ("ddpg-ant sac-ant", MAIN, ANT, "eval/return"),
     "ppo": (
