@@ -372,7 +372,8 @@ def train(args):
                 arrays = torch.as_tensor(np.float32([reward, done, playing]), device=device)
                 steps.append(Rollout(seen, action, value, *arrays))
                 for k in np.flatnonzero(done):
-                    episode_returns += [envs[k].return_queue[-1]] if playing[k] else []
+                    if playing[k]:
+                        episode_returns.append(envs[k].return_queue[-1])
                     next_obs[k], _ = envs[k].reset()
                     agent.obs_stat.push(next_obs[k])  # NORM obs: an episode's first, too
                 playing &= ~done
