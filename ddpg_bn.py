@@ -545,7 +545,7 @@ def check_options(args):
     is_batch = layers not in ([], ["layernorm"])
     # NORM end
     positive = "eval_episodes", "save_every", "batch_size", "buffer_size"
-    needs = [  # (options, what they need, if it is met), asked where one is not the default
+    needs = [  # (options, what they need, whether it is met), for those that are not the default
         *((name, "1 or more", getattr(args, name) > 0) for name in positive),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
         ("hidden_sizes", "a hidden layer", args.hidden_sizes),

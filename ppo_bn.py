@@ -494,7 +494,7 @@ def check_options(args):
     steps, parts = args.num_envs * args.num_steps, args.minibatches
     equal = args.epochs > 0 and parts > 0 and steps % parts == 0 and steps >= 2 * parts
     positive = "eval_episodes", "save_every"
-    needs = [  # (options, what they need, if it is met), asked where one is not the default
+    needs = [  # (options, what they need, whether it is met), for those that are not the default
         *((name, "1 or more", getattr(args, name) > 0) for name in positive),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
         ("hidden_sizes", "a hidden layer", args.hidden_sizes),

@@ -514,7 +514,7 @@ def check_options(args):
     modes = args.bn_rollout, args.bn_update
     # NORM end
     positive = "eval_episodes", "save_every", "num_envs", "critic_steps"
-    needs = [  # (options, what they need, if it is met), asked where one is not the default
+    needs = [  # (options, what they need, whether it is met), for those that are not the default
         *((name, "1 or more", getattr(args, name) > 0) for name in positive),
         ("device", "a GPU", args.device != "cuda" or torch.cuda.is_available()),
         ("hidden_sizes", "hidden layers", args.hidden_sizes and args.network != "linear"),
