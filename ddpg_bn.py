@@ -269,10 +269,10 @@ def update(agent, batch, args):
     """Take one step with critic, actor and targets; return losses and mean Q, by name."""
     loss_q, q = critic_loss(agent, batch, args)
     gradient_step(agent.critic_optimizer, loss_q, args.max_grad_norm)
-    project_weights(agent.critic)  # NORM layer: the step made weights longer
+    project_weights(agent.critic)  # NORM layer: for --weight-norm: a step lengthens weights
     loss_pi = actor_loss(agent, batch, args)
     gradient_step(agent.actor_optimizer, loss_pi, args.max_grad_norm)
-    project_weights(agent.actor)  # NORM layer: the step made weights longer
+    project_weights(agent.actor)  # NORM layer: for --weight-norm: a step lengthens weights
     if args.target_network:
         update_target(agent.actor_target, agent.actor, args.tau)
         update_target(agent.critic_target, agent.critic, args.tau)

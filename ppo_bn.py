@@ -248,7 +248,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
 
 
 def update(agent, batch, rng, args):
-    """Learn from a rollout; return losses of the last minibatch, and steps taken."""
+    """Learn from a rollout; return losses (KL: of the last epoch) and steps taken."""
     agent.actor.train(args.bn_update == "train")  # NORM mode: train: no longer the pi that acted
     agent.critic.train(args.bn_update == "train")  # NORM mode: train: moves running statistics
     taken, losses = 0, {}

@@ -392,7 +392,7 @@ def train(args):
             if run.step // args.save_every > run.saved // args.save_every and not last:
                 run.save()
         if batch:  # NORM report: returns by mode
-            run.log(returns_by_mode(agent, args, batch))  # NORM mode: may recalibrate it
+            run.log(returns_by_mode(agent, args, batch))  # NORM mode: may recalibrate the policy
         run.log_evaluation(evaluate(agent, eval_envs, args))
         run.save()
     except FloatingPointError as error:

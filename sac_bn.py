@@ -305,12 +305,12 @@ def update(agent, batch, updates, args):
     """Take step number `updates` with critics, actor, temperature, targets; return losses."""
     loss_q, q = critic_loss(agent, batch, args)
     gradient_step(agent.critic_optimizer, loss_q, args.max_grad_norm)
-    project_weights(agent.critic)  # NORM layer: the step made weights longer
+    project_weights(agent.critic)  # NORM layer: for --weight-norm: a step lengthens weights
     losses = {"losses/critic": loss_q, "losses/q": q.mean()}
     if updates % args.policy_delay == 0:
         loss_pi, log_prob = actor_loss(agent, batch, args)
         gradient_step(agent.actor_optimizer, loss_pi, args.max_grad_norm)
-        project_weights(agent.actor)  # NORM layer: the step made weights longer
+        project_weights(agent.actor)  # NORM layer: for --weight-norm: a step lengthens weights
         gradient_step(agent.alpha_optimizer, alpha_loss(agent, log_prob), 0.0)
         losses |= {"losses/actor": loss_pi, "losses/entropy": -log_prob.mean()}
         losses["losses/alpha"] = agent.log_alpha.exp()

@@ -25,6 +25,15 @@ def agents(script, monkeypatch):
     return made
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("longest, expected", [(0.0, [-3.0, -4.0]), (1.0, [-0.6, -0.8])])
+def test_a_gradient_of_length_5_is_cut_to_the_longest(name, longest, expected):
+    x = torch.zeros(2, requires_grad=True)
+    loss = (x * torch.tensor([3.0, 4.0])).sum()
+    importlib.import_module(name).gradient_step(torch.optim.SGD([x], lr=1.0), loss, longest)
+    torch.testing.assert_close(x.detach(), torch.tensor(expected))
+
+
 def test_training_stores_raw_transitions_and_bootstraps_through_time_outs(script, small):
     options = {"norm": "zfilter", "reward_norm": True, "total_steps": 200}
     args = small(script, env="Countdown-v0", **options)
