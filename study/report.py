@@ -53,8 +53,8 @@ percentile bootstrap, {DRAWS} resamples, each within its cell. P(left > right) i
 of improvement: how often a seed of the left is above one of the right. p is that of the
 Mann-Whitney test, exact (for the same runs on both sides: Wilcoxon's), corrected by Holm for the
 number of comparisons of the claim; a difference is found if p < 0.05. Three seeds against three
-can never show one. A return is the mean of the last five evaluations. Of `7 + 3e` seeds three are
-of earlier commits, and count until new ones take their place.
+never show one, and their intervals are too narrow. If no metric is named, it is the return, as the
+mean of the last five evaluations. Of `7 + 3e` seeds three lie in `earlier`, till they are redone.
 
 A claim holds if all its comparisons do, and is refuted if one is; while runs are missing it is
 open. `also` decides nothing; its comparisons are corrected among themselves."""
@@ -90,7 +90,7 @@ FIGURES = {  # name: families, cells of them, environments, scalars
     "first": ("ddpg", FIRST, BOTH, "eval/return"),
     "ladder": ("sac", "none zfilter naive repair recipe recipe-wn crossq", BOTH, "eval/return"),
     "filter": ("sac", "none zfilter layernorm layernorm-zfilter", BOTH, "eval/return"),
-    "bias": ("ddpg sac", "repair two-pass recipe", HOPPER, "|norm/q_bias|"),
+    "bias": ("ddpg sac", "none repair two-pass recipe", HOPPER, "|norm/q_bias|"),
     "gradient": ("ddpg", "naive repair", BOTH, "norm/actor_grad"),
     "main": ("ddpg-ant sac-ant", MAIN, ANT, "eval/return"),
     "ppo": (
@@ -274,8 +274,8 @@ def answer(data):
         parts = []
         for name, what in cell_words.items():
             samples = [values(data, f"{family}-{name}", env) for env in BOTH]
-            found = " / ".join(number(iqm(x)) if len(x) else "not run" for x in samples)
-            parts.append(f"{what} {found}")
+            if min(map(len, samples)) > 1:  # one seed is no answer
+                parts.append(f"{what} {' / '.join(number(iqm(x)) for x in samples)}")
         bullets.append(f"- **{family.upper()}**: {' · '.join(parts)}")
     return "\n".join(bullets)
 
