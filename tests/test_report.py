@@ -1,6 +1,7 @@
 """The report: verdicts follow from numbers by the rules, and the texts from the results."""
 
 import itertools
+import math
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,8 @@ pd = pytest.importorskip("pandas")
 stats = pytest.importorskip("scipy.stats")
 report = pytest.importorskip("study.report")
 verdicts = pytest.importorskip("study.verdicts")
-KNOWN, TEN = cells.load()[1], np.arange(10.0)
+CLAIMS, KNOWN = cells.load()
+TEN = np.arange(10.0)
 
 
 def rows(returns, cell="ddpg-none", env="Hopper-v4", seed=1):
@@ -106,6 +108,19 @@ def test_an_interval_is_that_of_all_resamples():
     assert every[int(0.021 * 729)] <= low <= every[int(0.029 * 729)]
     assert every[int(0.971 * 729)] <= high <= every[int(0.979 * 729)]
     assert verdicts.interval(x, np.subtract(x, 5), paired=True) == (5, 5)
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+def test_enough_seeds_are_asked_to_find_every_difference(claim):
+    """All seeds of one side above all of the other must give p < 0.05, corrected."""
+    smallest = []
+    for rule in map(cells.parse, claim["compare"]):
+        if rule.relation != "same" and rule.right in KNOWN:
+            left, right = KNOWN[rule.left], KNOWN[rule.right]
+            n, m = len(left.seeds), len(right.seeds)
+            p = 2 / 2**n if left == right else 2 / math.comb(n + m, n)
+            smallest += [p] * len(rule.envs or set(left.envs) & set(right.envs))
+    assert (verdicts.holm(np.array(smallest)) < 0.05).all()
 
 
 def test_a_new_run_takes_the_place_of_an_earlier_one(root):
