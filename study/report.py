@@ -84,7 +84,7 @@ UNITS = {
     "norm/return_recalibrated_mode": "return in eval mode, recalibrated",
     "wall_s": "time (s)",
 }
-FIRST = "none naive repair recipe recipe-wn layernorm-no-target"
+FIRST = "none naive repair recipe crossnorm layernorm-no-target"
 MAIN = "none naive recipe recipe-wn crossnorm layernorm-zfilter"
 FIGURES = {  # name: families, cells of them, environments, scalars
     "first": ("ddpg", FIRST, BOTH, "eval/return"),
@@ -266,7 +266,7 @@ def picture(name, words):
 def answer(data):
     """Return a sentence for DDPG, SAC and PPO: returns without and with batch norm."""
     off = {"none": "without", "naive": "naive", "repair": "repair", "recipe": "recipe"}
-    off |= {"recipe-wn": "weight norm"}
+    off |= {"crossnorm": "CrossNorm", "crossq": "CrossQ"}  # each in one of the two
     ppo = {"none": "without", "eval-train": "naive", "train-train": "acting in train mode"}
     ppo |= {"zfilter": "a filter instead"}
     bullets = []
