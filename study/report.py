@@ -289,7 +289,7 @@ def watched(data):
         ends = [[rows[x].iloc[-1] for rows in runs] for x in ("norm/actor_grad", "eval/return")]
         parts += [f"{name} {' and '.join(number(iqm(x)) for x in ends)}"] if runs else []
     words = f"the return are about: {', '.join(parts)}.\n"
-    words += "After 50 thousand steps (interquartile mean over seeds, 95 % interval):"
+    words += "In the later half of 50 thousand steps (interquartile mean, 95 % interval):"
     return f"At 20 thousand steps `norm/actor_grad` and {words}"
 
 
@@ -305,7 +305,7 @@ def returns(data, known, families, names, envs):
         words = f"`+{options.removeprefix(above)}`" if adds else f"`{typed(options)}`"
         words = words.replace("`no option`", "no option")
         if name == "crossq":
-            words = "`sac_bn.py`'s CrossQ, 512 wide"
+            words = "see `sac_bn.py`, but 512 wide"
         samples = [values(data, f"{family}-{name}", env) for family, env in columns]
         rows.append([name, words, *map(told, samples), span([len(x) for x in samples if len(x)])])
         above = options
@@ -336,9 +336,10 @@ def forum(data, known, figures):
         if "plain" in name or not found:
             continue
         texts = [told(found[mode][0]) if mode in found else "" for mode in MODES]
-        rows.append([short(cell), f"`{typed(cell.options)}`", *texts, seeds(data, name, env)])
+        row = name.removeprefix("reinforce-")
+        rows.append([row, f"`{typed(cell.options)}`", *texts, seeds(data, name, env)])
         if "cnn" not in name:
-            drawn[short(cell)] = found
+            drawn[row] = found
     if drawn:
         dots(drawn, "return (steps of balance, at most 500)", figures / "forum.svg")
     shown = picture("forum", "returns of one policy in its modes")
