@@ -85,7 +85,7 @@ UNITS = {
     "wall_s": "time (s)",
 }
 FIRST = "none naive repair recipe crossnorm layernorm-no-target"
-MAIN = "none naive recipe recipe-wn crossnorm layernorm-zfilter"
+MAIN = "none naive two-pass recipe recipe-wn crossnorm layernorm-zfilter"
 FIGURES = {  # name: families, cells of them, environments, scalars
     "first": ("ddpg", FIRST, BOTH, "eval/return"),
     "ladder": ("sac", "none zfilter naive repair recipe recipe-wn crossq", BOTH, "eval/return"),
@@ -460,7 +460,7 @@ def make(study, figures, claim_figures=None):
     blocks["rungs"] = returns(data, known, ["sac"], LADDER.split(), BOTH)
     ant = [cell for cell in known.values() if cell.family in FIGURES["main"][0].split()]
     asked, gone = sum(len(cell.runs()) for cell in ant), missing(data, ant)
-    blocks["main"] += f"\n\nDotted: an ant that stands still ({standing()}). "
+    blocks["main"] += "\n\n*Two-pass* is the repair with `--bn-target train`. "
     blocks["main"] += f"{asked - gone} of {asked} runs are made."
     blocks["claims"] = judged({k: v for k, v in claims.items() if k[0] in "FZ"}, verdicts)
     blocks["forum"] = forum(data, known, figures)
