@@ -368,14 +368,16 @@ def train(args):
     seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
-    np.random.seed(seeds[0])
+    np.random.seed(seeds[1])
     rng = np.random.default_rng(seeds[1])
-    env = make_env(args)
+    env, eval_env = make_env(args), make_env(args, is_shown=True)
     env.unwrapped.reset(seed=seeds[2])  # makes the generator that Run saves
     env.action_space.seed(seeds[3])
     agent = make_agent(env, args, device)
     run = Run(args, agent, [rng, env.unwrapped.np_random, env.action_space.np_random])
-    eval_env = make_env(args, run)
+    if args.capture_video:
+        folder, name = str(run.dir / "videos"), f"from-step{run.step}"
+        eval_env = gym.wrappers.RecordVideo(eval_env, folder, lambda _: True, name_prefix=name)
     obs, losses = None, {}
     try:
         while run.step < args.total_steps:
@@ -507,17 +509,14 @@ def checked(values):
     return values
 
 
-def make_env(args, run=None):
-    """Return an environment of float32 vectors and actions in [-1, 1]; `run` keeps its videos."""
-    video = {"render_mode": "rgb_array"} if run and args.capture_video else {}
+def make_env(args, is_shown=False):
+    """Return an environment of float32 vectors and actions in [-1, 1]; is_shown: for videos."""
+    video = {"render_mode": "rgb_array"} if is_shown and args.capture_video else {}
     env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)
-        if run:  # the one for evaluation says it for both
+        if is_shown:  # the one for evaluation says it for both
             print(f"{args.env} sets no time limit: episodes end after 10000 steps", flush=True)
-    if video:
-        folder, name = str(run.dir / "videos"), f"from-step{run.step}"
-        env = gym.wrappers.RecordVideo(env, folder, lambda episode: True, name_prefix=name)
     obs_space, space = env.observation_space, env.action_space
     if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
         raise ValueError(f"--env {args.env} acts in {space}: choose bounded, continuous actions")

@@ -3,13 +3,13 @@
 python ppo_bn.py --env HalfCheetah-v4
 python ppo_bn.py --norm zfilter --reward-norm  # NORM flag: as usual on MuJoCo
 python ppo_bn.py --norm batchnorm  # NORM flag: acts by running statistics, learns by the batch's
-python ppo_bn.py --norm batchnorm --bn-rollout train  # NORM flag: acts by those of the moment
+python ppo_bn.py --norm batchnorm --bn-rollout train  # NORM flag: acts by its batch's, too
 python ppo_bn.py --resume runs/HalfCheetah-v4/ppo_bn/RUN
 
 NORM, a kind and a reason stand where normalization enters. To strip it:  # NORM flag: help
 sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' ppo_bn.py > plain.py  # NORM flag: help
 
-Equations and sections are those of the paper (arXiv 1707.06347). Details that it does not have:
+Equations are those of the paper (arXiv 1707.06347). Details that it does not have:
 D1  A time-out is not a death: gamma V(s') is added to the last reward, s' being the true last
     observation (Pardo et al., arXiv 1712.00378).
 D2  Advantages are standardized in each minibatch, all of equal size.
@@ -19,8 +19,7 @@ D4  Continuous actions are scaled from [-1, 1] to the environment's bounds and c
     not in the log-probability.
 D5  One Adam with epsilon 1e-5 for both networks, a gradient no longer than 0.5, and a learning
     rate that falls to zero linearly (Engstrom et al., arXiv 2005.12729).
-D6  Early stop when an epoch's mean KL divergence exceeds --target-kl (off at 0; CleanRL asks that
-    of the last minibatch).
+D6  Early stop when an epoch's mean KL divergence exceeds --target-kl (CleanRL: last minibatch's).
 """
 
 import itertools
@@ -239,11 +238,10 @@ def policy_loss(log_ratio, advantage, args):
 
 def gradient_step(optimizer, loss, max_grad_norm):
     """Descend the loss, by a gradient no longer than max_grad_norm unless that is 0."""
-    parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward()
     if max_grad_norm:
-        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
     optimizer.step()
 
 
@@ -289,7 +287,7 @@ def as_input(agent, obs):
 @torch.no_grad()
 def act(agent, obs):
     """Return the likeliest actions, (n, ...), for observations (n, obs_dim)."""
-    agent.actor.eval()  # NORM mode: what it does depends on one state alone
+    agent.actor.eval()  # NORM mode: each action by its own state alone
     return agent.actor(as_input(agent, obs)).mode.cpu().numpy()
 
 
@@ -348,14 +346,18 @@ def train(args):
     seeds = np.random.SeedSequence(args.seed).generate_state(2 + args.num_envs).tolist()
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
-    np.random.seed(seeds[0])
+    np.random.seed(seeds[1])
     rng = np.random.default_rng(seeds[1])
     envs = [make_env(args) for _ in range(args.num_envs)]
+    eval_envs = [make_env(args, is_shown=k == 0) for k in range(args.eval_episodes)]
     for env, seed in zip(envs, seeds[2:], strict=True):
         env.unwrapped.reset(seed=seed)  # makes the generator that Run saves
     agent = make_agent(envs[0], args, device)
     run = Run(args, agent, [rng, *(env.unwrapped.np_random for env in envs)])
-    eval_envs = [make_env(args, run if k == 0 else None) for k in range(args.eval_episodes)]
+    if args.capture_video:
+        folder, name = str(run.dir / "videos"), f"from-step{run.step}"
+        filmed = gym.wrappers.RecordVideo(eval_envs[0], folder, lambda _: True, name_prefix=name)
+        eval_envs[0] = filmed
     obs = None
     try:
         while run.step < args.total_steps:
@@ -428,8 +430,8 @@ def evaluate(agent, envs, args):
         returns[playing] += reward[playing]
         done = terminated | truncated
         playing &= ~done
-        for k in np.flatnonzero(done):
-            obs[k], _ = envs[k].reset()  # plays on, uncounted
+        for k in np.flatnonzero(done & playing.any()):  # while others play, it plays on, uncounted
+            obs[k], _ = envs[k].reset()
     random.setstate(state[0])
     np.random.set_state(state[1])
     return {"eval/return": np.mean(returns), "eval/return_std": np.std(returns)}
@@ -448,17 +450,14 @@ def checked(values):
     return values
 
 
-def make_env(args, run=None):
-    """Return an environment with actions in [-1, 1], or discrete ones; `run` keeps its videos."""
-    video = {"render_mode": "rgb_array"} if run and args.capture_video else {}
+def make_env(args, is_shown=False):
+    """Return an environment with actions in [-1, 1], or discrete ones; is_shown: for videos."""
+    video = {"render_mode": "rgb_array"} if is_shown and args.capture_video else {}
     env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)
-        if run:  # one environment says it for all
+        if is_shown:  # one environment says it for all
             print(f"{args.env} sets no time limit: episodes end after 10000 steps", flush=True)
-    if video:
-        folder, name = str(run.dir / "videos"), f"from-step{run.step}"
-        env = gym.wrappers.RecordVideo(env, folder, lambda episode: True, name_prefix=name)
     obs_space, space = env.observation_space, env.action_space
     if isinstance(space, gym.spaces.Discrete):
         actions = gym.spaces.Discrete(space.n)
@@ -504,7 +503,7 @@ def check_options(args):
         ("norm_position norm_net", "a normalization layer", layers),
         ("norm_position", "input, pre or post", {*args.norm_position} & {"input", "pre", "post"}),
         ("bn_momentum bn_rollout bn_update", "batch norm", is_batch),
-        ("bn_momentum", "train mode", "train" in (args.bn_rollout, args.bn_update)),
+        ("bn_momentum bn_warmup", "train mode", "train" in (args.bn_rollout, args.bn_update)),
         ("bn_warmup", "--norm batchrenorm", "batchrenorm" in args.norm),
         ("num_envs", "2 to act in train mode", args.num_envs > 1 or args.bn_rollout == "eval"),
         ("norm_stats", "--norm fixed", "fixed" in args.norm),

@@ -3,7 +3,7 @@
 python reinforce_bn.py --env CartPole-v1
 python reinforce_bn.py --norm batchnorm  # NORM flag: acts in eval mode, learns in train mode
 python reinforce_bn.py --norm batchnorm --bn-rollout train  # NORM flag: acts in train mode, too
-python reinforce_bn.py --norm batchnorm --bn-recalibrate 50  # NORM flag: renews running ones
+python reinforce_bn.py --norm batchnorm --bn-recalibrate 50  # NORM flag: renews running statistics
 python reinforce_bn.py --resume runs/CartPole-v1/reinforce_bn/RUN
 
 NORM, a kind and a reason stand where normalization enters. To strip it:  # NORM flag: help
@@ -131,7 +131,7 @@ class BatchRenorm(nn.BatchNorm1d):
 
 
 def norm_layer(layer, args, features=None):
-    """Return the layer of --norm for what this layer puts out, or for so many features."""
+    """Return the layer of --norm for the outputs of `layer`, or for `features` inputs."""
     features, is_image = features or layer.weight.shape[0], isinstance(layer, nn.Conv2d)
     if "layernorm" in args.norm:
         return nn.GroupNorm(1, features) if is_image else nn.LayerNorm(features)
@@ -243,11 +243,10 @@ def policy_loss(log_prob, advantage):
 
 def gradient_step(optimizer, loss, max_grad_norm):
     """Descend the loss, by a gradient no longer than max_grad_norm unless that is 0."""
-    parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward()
     if max_grad_norm:
-        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
     optimizer.step()
 
 
@@ -276,7 +275,7 @@ def as_input(agent, obs):
 @torch.no_grad()
 def act(agent, obs):
     """Return the likeliest actions, (n, ...), for observations (n, *obs_shape)."""
-    agent.actor.eval()  # NORM mode: what it does depends on one state alone
+    agent.actor.eval()  # NORM mode: each action by its own state alone
     return agent.actor(as_input(agent, obs)).mode.cpu().numpy()
 
 
@@ -335,14 +334,18 @@ def train(args):
     seeds = np.random.SeedSequence(args.seed).generate_state(2 + args.num_envs).tolist()
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
-    np.random.seed(seeds[0])
+    np.random.seed(seeds[1])
     envs = [make_env(args) for _ in range(args.num_envs)]
-    for env, seed in zip(envs, seeds[2:], strict=True):  # seeds[1] is for the rng of ppo_bn.py
+    eval_envs = [make_env(args, is_shown=k == 0) for k in range(args.eval_episodes)]
+    for env, seed in zip(envs, seeds[2:], strict=True):
         env.unwrapped.reset(seed=seed)  # makes the generator that Run saves
     agent = make_agent(envs[0], args, device)
     run = Run(args, agent, [env.unwrapped.np_random for env in envs])
-    eval_envs = [make_env(args, run if k == 0 else None) for k in range(args.eval_episodes)]
-    batch = None  # NORM report: none if a run was finished
+    if args.capture_video:
+        folder, name = str(run.dir / "videos"), f"from-step{run.step}"
+        filmed = gym.wrappers.RecordVideo(eval_envs[0], folder, lambda _: True, name_prefix=name)
+        eval_envs[0] = filmed
+    batch = None  # NORM report: none where no step is left
     try:
         while run.step < args.total_steps:
             before, steps, episode_returns = run.step, [], []
@@ -415,8 +418,8 @@ def evaluate(agent, envs, args):
         returns[playing] += reward[playing]
         done = terminated | truncated
         playing &= ~done
-        for k in np.flatnonzero(done):
-            obs[k], _ = envs[k].reset()  # plays on, uncounted
+        for k in np.flatnonzero(done & playing.any()):  # while others play, it plays on, uncounted
+            obs[k], _ = envs[k].reset()
     random.setstate(state[0])
     np.random.set_state(state[1])
     return {"eval/return": np.mean(returns), "eval/return_std": np.std(returns)}
@@ -442,7 +445,6 @@ def returns_by_mode(agent, args, batch):
     agent.actor = actor
     for _ in range(args.bn_recalibrate):
         agent.actor.train()(batch.obs)
-        agent.critic.train()(batch.obs)
     if args.bn_recalibrate:
         scalars["norm/return_recalibrated_mode"] = evaluate(agent, envs, args)["eval/return"]
     for env in envs:
@@ -459,17 +461,14 @@ def checked(values):
     return values
 
 
-def make_env(args, run=None):
-    """Return an environment with actions in [-1, 1], or discrete ones; `run` keeps its videos."""
-    video = {"render_mode": "rgb_array"} if run and args.capture_video else {}
+def make_env(args, is_shown=False):
+    """Return an environment with actions in [-1, 1], or discrete ones; is_shown: for videos."""
+    video = {"render_mode": "rgb_array"} if is_shown and args.capture_video else {}
     env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)
-        if run:  # one environment says it for all
+        if is_shown:  # one environment says it for all
             print(f"{args.env} sets no time limit: episodes end after 10000 steps", flush=True)
-    if video:
-        folder, name = str(run.dir / "videos"), f"from-step{run.step}"
-        env = gym.wrappers.RecordVideo(env, folder, lambda episode: True, name_prefix=name)
     obs_space, space = env.observation_space, env.action_space
     if isinstance(space, gym.spaces.Discrete):
         actions = gym.spaces.Discrete(space.n)
@@ -523,7 +522,7 @@ def check_options(args):
         ("norm_position norm_net", "a normalization layer", layers),
         ("norm_position", "input, pre or post", {*args.norm_position} & {"input", "pre", "post"}),
         ("bn_momentum bn_rollout bn_update bn_recalibrate", "batch norm", is_batch),
-        ("bn_momentum", "a pass in train mode", args.bn_recalibrate or "train" in modes),
+        ("bn_momentum bn_warmup", "train mode", args.bn_recalibrate or "train" in modes),
         ("bn_recalibrate", "an actor with layers", args.norm_net != "critic"),
         ("norm", "--norm-position input in a linear network", inputs or not layers),
         ("norm", "another one for images", args.network != "cnn" or "batchrenorm" not in args.norm),

@@ -27,6 +27,7 @@ class Room(gym.Env):
         self.about, self.life, self.closed, self.array = about, 0, False, np.zeros(3, np.float32)
         self.observation_space = about.get("observes", spaces.Box(-9, 9, (3,), np.float32))
         self.action_space = about.get("acts", spaces.Box(-1, 1, (2,), np.float32))
+        self.place = np.random.normal() if "draws" in about else 0
         ROOMS.append(self)
 
     def close(self):
@@ -50,6 +51,8 @@ class Room(gym.Env):
             self.observation_space.seed(int(self.np_random.integers(99)))
             return self.observation_space.sample()
         self.array[:] = self.np_random.normal(size=3)
+        if "draws" in self.about:
+            self.array[:] = self.place, np.random.normal(), random.random()
         if "seeds" in self.about:
             self.array[:] = random.random(), np.random.normal(), torch.rand(())
         self.array[2] = self.odd("obs", self.array[2])
@@ -125,8 +128,9 @@ def test_what_never_ends_is_cut(script, play, capsys):
 
 
 GENERATORS = {
-    "MT19937": lambda seed: np.random.Generator(np.random.MT19937(seed)),
-    "RandomState": np.random.RandomState,  # numpy's old one, whose state cannot be saved alike
+    "MT19937": {"generator": lambda seed: np.random.Generator(np.random.MT19937(seed))},
+    "RandomState": {"generator": np.random.RandomState},  # whose state cannot be saved alike
+    "global": {"draws": True},  # when a room is built, too
 }
 
 
@@ -134,7 +138,7 @@ GENERATORS = {
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_any_generator_trains_and_resumes(script, generator, play, capsys, monkeypatch):
     """To the bit if its state can be saved, else the run says so, once."""
-    module, about = importlib.import_module(script), {"generator": GENERATORS[generator]}
+    module, about = importlib.import_module(script), GENERATORS[generator]
     whole = play(script, about, save_every=50)[1].run_dir
     said, save = capsys.readouterr().out.count("cannot be saved"), module.Run.save
 

@@ -33,7 +33,7 @@ def test_a_finished_run_shows_its_policy(small):
     args = small(ppo_bn, total_steps=128)
     ppo_bn.train(args)
     ppo_bn.train(ppo_bn.Args(**vars(args) | {"resume": args.run_dir, "capture_video": True}))
-    (video, *_) = sorted(Path(args.run_dir, "videos").glob("*.mp4"))
+    (video,) = sorted(Path(args.run_dir, "videos").glob("*.mp4"))
     with VideoFileClip(str(video)) as clip:
         assert clip.duration > 0.1 and clip.get_frame(0).shape == (400, 600, 3)
 

@@ -1,6 +1,8 @@
 """Whole runs of the scripts that learn from a replay buffer: what they store, learn and leave."""
 
 import importlib
+import itertools
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +34,23 @@ def test_a_gradient_of_length_5_is_cut_to_the_longest(name, longest, expected):
     loss = (x * torch.tensor([3.0, 4.0])).sum()
     importlib.import_module(name).gradient_step(torch.optim.SGD([x], lr=1.0), loss, longest)
     torch.testing.assert_close(x.detach(), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+def test_no_two_global_generators_give_the_same_numbers(script, small, monkeypatch):
+    """With one seed torch and numpy would: both are Mersenne twisters."""
+    made, low = [], 2**24  # torch.rand takes the low bits
+
+    def draw(*inputs):
+        made.append((torch.rand(100).double() * low).tolist())
+        made.append((np.random.randint(0, 2**32, 100, np.uint32) % low).tolist())
+        made.append([random.getrandbits(32) % low for _ in range(100)])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "make_agent", draw)
+    with pytest.raises(KeyboardInterrupt):
+        script.train(small(script))
+    assert not any({*a} & {*b} for a, b in itertools.combinations(made, 2))
 
 
 def test_training_stores_raw_transitions_and_bootstraps_through_time_outs(script, small):
