@@ -85,18 +85,25 @@ def test_critic_loss_by_hand():
     np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_update_is_adam_then_polyak():
-    agent, batch, args = make_agent(tau=0.3, critic_lr=0.01, actor_lr=0.02)
+def test_update_is_adam_then_polyak(script, monkeypatch):
+    cut, step = [], script.gradient_step
+    monkeypatch.setattr(script, "gradient_step", lambda *x: cut.append(x[2]) or step(*x))
+    options = {"tau": 0.3, "max_grad_norm": 0.7, "critic_lr": 0.01, "actor_lr": 0.02}
+    options |= {"alpha_lr": 0.03} if script is not ddpg_bn else {}
+    agent, batch, args = make_agent(script=script, **options)
     old = copy.deepcopy(agent)
-    ddpg_bn.update(agent, batch, args)
-    for name, lr in (("critic", 0.01), ("actor", 0.02)):
-        four = (
-            getattr(x, name + end).parameters() for x in (agent, old) for end in ("", "_target")
-        )
-        for p, t, old_p, old_t in zip(*four, strict=True):
+    update(script, agent, batch, args)
+    assert cut[:2] == [0.7, 0.7]  # of critic and actor
+    parts = {"critic": 0.01, "actor": 0.02, "temperature": 0.03}
+    for name, lr in ((x, lr) for x, lr in parts.items() if hasattr(agent, x)):
+        live, before = (list(getattr(x, name).parameters()) for x in (agent, old))
+        for p, old_p in zip(live, before, strict=True):
             moved = (p - old_p).abs()  # the first step of Adam is lr, wherever a gradient is
             assert moved.max() <= 1.001 * lr and moved.max() > 0.9 * lr
-            torch.testing.assert_close(t, 0.7 * old_t + 0.3 * p)
+        if hasattr(agent, f"{name}_target"):
+            pair = (getattr(x, f"{name}_target").parameters() for x in (agent, old))
+            for p, t, old_t in zip(live, *pair, strict=True):
+                torch.testing.assert_close(t, 0.7 * old_t + 0.3 * p)
 
 
 def test_exploration_is_noise_around_small_first_actions_within_the_bounds(small, monkeypatch):
@@ -304,6 +311,7 @@ def test_elsewhere_the_policy_gradient_survives_in_part_and_points_elsewhere(pos
 def test_diagnostics_by_hand_and_without_a_trace(script):
     agent, batch, args = make_agent(script=script, norm="batchnorm", norm_position=("pre",))
     update(script, agent, batch._replace(obs=batch.obs * 2 + 1), args)
+    nn.init.normal_(agent.actor.net[-1].weight, std=5)  # so that some actions are at their bounds
     before = copy.deepcopy((agent.actor.state_dict(), agent.critic.state_dict()))
     values = script.norm_scalars(agent, batch)
     assert same(before, (agent.actor.state_dict(), agent.critic.state_dict()))
@@ -318,6 +326,23 @@ def test_diagnostics_by_hand_and_without_a_trace(script):
     np.testing.assert_allclose(values["norm/stat_lag"], np.mean(lags), rtol=1e-4)
     grads = torch.cat([p.grad.flatten() for p in agent.actor.parameters()])
     np.testing.assert_allclose(values["norm/actor_grad"], grads.norm(), rtol=1e-5)
+    action = agent.actor.eval().net(batch.obs)[:, 0].tanh()
+    share = (action.abs() > 0.98).sum().item() / 64
+    assert 0 < values["norm/saturation"].item() == share < 1
+
+
+def test_evaluation_averages_the_errors_of_q_over_its_episodes(script, small, monkeypatch):
+    """Of Countdown each second dies at t = 5; the others are cut at 8."""
+    args, ends = small(script, env="Countdown-v0", eval_episodes=2), []
+
+    def errors(agent, episode, terminated, args):
+        ends.append((len(episode), terminated))
+        return [1.0] * len(episode) if terminated else [0.0]
+
+    monkeypatch.setattr(script, "q_errors", errors)
+    env = script.make_env(args)
+    found = script.evaluate(script.make_agent(env, args, "cpu"), env, args)
+    assert ends == [(8, False), (5, True)] and found["norm/q_bias"] == 5 / 6
 
 
 def test_q_errors_by_brute_force():

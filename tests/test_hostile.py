@@ -121,7 +121,10 @@ def test_what_never_ends_is_cut(script, play, capsys):
     """After --max-episode-steps, or 10000 steps where the environment sets no limit."""
     assert play(script, {"endless": True}, max_episode_steps=20)[0]["eval"][-1][1] == 20
     assert "time limit" not in capsys.readouterr().out
-    play(script, {}, norm="batchnorm", total_steps=1)
+    _, args = play(script, {}, norm="batchnorm", total_steps=1)
+    env = importlib.import_module(script).make_env(args)
+    assert env.get_wrapper_attr("_max_episode_steps") == 10_000
+    env.close()
     assert ROOMS and all(room.closed for room in ROOMS)
     said = "Room-v0 sets no time limit: episodes end after 10000 steps"
     assert capsys.readouterr().out.count(said) == 1
@@ -235,6 +238,11 @@ def test_images_of_either_layout_are_learnt_alike(small):
         result = reinforce_bn.train(args)
         found.append((result["eval"], checkpoint(args.run_dir)["agent"]))
     assert same(*found) and found[0][0][-1][1] > 8
+
+
+def test_discrete_actions_may_begin_anywhere(on_policy, small):
+    env = on_policy.make_env(small(on_policy, env="HalfFalse-v0"))
+    assert [env.get_wrapper_attr("action")(k) for k in (0, 1)] == [5, 6]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -81,7 +81,7 @@ KINDS = {"batchnorm": nn.BatchNorm1d, "batchrenorm": ddpg_bn.BatchRenorm, "layer
 @pytest.mark.parametrize("norm", KINDS)
 def test_positions(norm, position):
     args = ddpg_bn.Args(norm=norm, norm_position=position)
-    args.bn_momentum = 0.03
+    args.bn_momentum, args.bn_warmup = 0.03, 7
     words, net = [], ddpg_bn.make_net(5, 6, 7, 1)
     ddpg_bn.add_norm(net, "critic", ddpg_bn.Args(norm="zfilter"))  # no layer
     assert len(net) == 5
@@ -89,7 +89,7 @@ def test_positions(norm, position):
     for module in net:
         is_layer = type(module) is KINDS[norm]
         words.append(f"N{'567'.index(str(len(module.weight)))}" if is_layer else str(module)[0])
-        assert getattr(module, "momentum", 0.03) == 0.03
+        assert (getattr(module, "momentum", 0.03), getattr(module, "warmup", 7)) == (0.03, 7)
     assert " ".join(words) == POSITIONS[position]
 
 

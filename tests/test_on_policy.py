@@ -202,9 +202,31 @@ def test_the_first_policy(on_policy, small):
     agent, obs = make_agent(on_policy, small(on_policy, env="Pendulum-v1")), torch.randn(99, 3)
     policy, mean = agent.actor(obs), agent.actor.net(obs)
     assert policy.mean.abs().max() < 0.1
+    weight = agent.actor.net[0].weight.detach()  # orthogonal, of gain sqrt(2)
+    torch.testing.assert_close(weight.T @ weight, 2 * torch.eye(3))
     action = policy.sample()
     expected = torch.distributions.Normal(mean, 0.5).log_prob(action).sum(1)
     torch.testing.assert_close(policy.log_prob(action), expected)
+
+
+def test_the_learning_rate_falls_to_zero_linearly(on_policy, small, monkeypatch):
+    rates, update = [], on_policy.update
+    names = ["optimizer"] if on_policy is ppo_bn else ["actor_optimizer", "critic_optimizer"]
+    rate = {"learning_rate": 0.1} if on_policy is ppo_bn else {"actor_lr": 0.1, "critic_lr": 0.2}
+
+    def spy(agent, *inputs):
+        groups = [getattr(agent, name).param_groups[0] for name in names]
+        rates.append([group["lr"] for group in groups])
+        assert all(group["eps"] == 1e-5 for group in groups)
+        return update(agent, *inputs)
+
+    monkeypatch.setattr(on_policy, "update", spy)
+    args = small(on_policy, **rate)
+    on_policy.train(args)
+    ends = np.array([step for step, _ in scalars(args.run_dir, "losses/policy")])
+    expected = 0.1 * (1 - np.array([0, *ends[:-1]]) / 400)  # of a rollout's first step
+    np.testing.assert_allclose([actor for actor, *_ in rates], expected)
+    assert len(rates) > 2 and all(critic == [0.2] for _, *critic in rates if critic)
 
 
 @pytest.mark.parametrize("shift, epochs", [(-0.01, 1), (0.01, 5), (None, 5)])
@@ -248,10 +270,15 @@ def test_reward_norm_scales_what_is_learnt_but_no_bootstrap_and_no_report(
     options = {"env": "RareDeath-v0", "total_steps": 400, "save_every": 100, "gamma": 0.5}
     args = small(on_policy, reward_norm=True, **options)
     on_policy.train(args)
-    timed_out = torch.cat([x.reward[x.obs[..., 0] == 7] for x, *_ in captured])
-    others = torch.cat([x.reward[x.obs[..., 0] != 7] for x, *_ in captured])
-    assert len(timed_out) > 3 and ((timed_out > 61.5) & (timed_out <= 61.5 + 10)).all()
-    assert ((others > 0) & (others <= 10)).all() and 40 < np.sum(begun) < 100
+    sums, seen = np.zeros(4), []
+    for rollout, *_ in captured:
+        for t, reward in zip(rollout.obs[..., 0].numpy(), rollout.reward, strict=True):
+            sums = 2 + t + 0.5 * np.where(t > 0, sums, 0)
+            seen.extend(sums)
+            scaled = (2 + t) / np.maximum(np.std(seen, ddof=1), 1e-8)
+            expected = scaled.clip(max=10) + 0.5 * value * (t == 7)  # a time-out
+            np.testing.assert_allclose(reward, expected, rtol=1e-5)
+    assert 40 < np.sum(begun) < 100
     returns = [value for _, value in scalars(args.run_dir, "charts/episodic_return")]
     assert all(20 <= value <= 44 for value in returns)  # 2 + ... + 6 and 2 + ... + 9
     count = sum(rollout.reward.numel() for rollout, *_ in captured)
@@ -332,7 +359,7 @@ def test_momentum_is_a_bystander(on_policy, small):
 def test_three_ways_to_evaluate(small, monkeypatch):
     """REINFORCE reports the return in eval mode, in train mode and recalibrated, which stays."""
     options = {"bn_rollout": "train", "bn_recalibrate": 400, "bn_momentum": 0.05}
-    options |= {"norm_position": ("input",), "total_steps": 100}
+    options |= {"norm_position": ("input",), "total_steps": 100, "eval_episodes": 3}
     args = small(reinforce_bn, norm="batchnorm", **options)
     seen, batches = [], []
     evaluate, update = reinforce_bn.evaluate, reinforce_bn.update
@@ -348,7 +375,7 @@ def test_three_ways_to_evaluate(small, monkeypatch):
     )
     result = reinforce_bn.train(args)
     modes, sizes, returns, means = zip(*seen, strict=True)
-    assert modes == (False, True, False, False) and sizes == (4, 4, 4, 1)
+    assert modes == (False, True, False, False) and sizes == (4, 4, 4, 3)
     assert torch.equal(means[2], means[3])
     assert not torch.allclose(means[0], means[2], atol=1e-3)
     torch.testing.assert_close(means[2], batches[-1].mean(0), rtol=1e-3, atol=1e-3)
@@ -386,8 +413,8 @@ LAYERS = [  # L: a linear layer, C: a convolution, F: flattens, A: activates, n:
     ({"norm": "batchnorm", "norm_net": "critic"}, "LALAL"),
     ({"norm": "batchnorm"}, "LAnLAnL"),
     ({"norm": ("layernorm", "zfilter"), "norm_position": ("input", "pre")}, "nLnALnAL"),
-    ({"norm": "batchrenorm"} | LINEAR, "nL"),
-    ({"norm": "batchnorm"} | CNN, "nCAnFLAnLAnL"),
+    ({"norm": "batchrenorm", "bn_momentum": 0.03, "bn_warmup": 7} | LINEAR, "nL"),
+    ({"norm": "batchnorm", "bn_momentum": 0.03} | CNN, "nCAnFLAnLAnL"),
 ]
 
 
@@ -395,7 +422,10 @@ LAYERS = [  # L: a linear layer, C: a convolution, F: flattens, A: activates, n:
 def test_where_layers_stand(on_policy, small, options, expected):
     if "network" in options and on_policy is ppo_bn:
         pytest.skip("PPO has one kind of network")
-    net = make_agent(on_policy, small(on_policy, **options)).actor.net
+    args = small(on_policy, **options)
+    net = make_agent(on_policy, args).actor.net
+    assert all(getattr(x, "momentum", args.bn_momentum) == args.bn_momentum for x in net)
+    assert all(getattr(x, "warmup", args.bn_warmup) == args.bn_warmup for x in net)
     names = {nn.Linear: "L", nn.Conv2d: "C", nn.Flatten: "F", nn.ReLU: "A", nn.Tanh: "A"}
     assert "".join(names.get(type(layer), "n") for layer in net) == expected
     if "cnn" in options.values():  # one mean for a channel

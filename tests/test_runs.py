@@ -37,17 +37,18 @@ def test_a_gradient_of_length_5_is_cut_to_the_longest(name, longest, expected):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, indirect=True)
-def test_no_two_global_generators_give_the_same_numbers(script, small, monkeypatch):
-    """With one seed torch and numpy would: both are Mersenne twisters."""
+def test_no_two_generators_give_the_same_numbers(script, small, monkeypatch):
+    """With one seed torch and numpy's global one would: both are Mersenne twisters."""
     made, low = [], 2**24  # torch.rand takes the low bits
 
-    def draw(*inputs):
+    def draw(args, agent, generators):
         made.append((torch.rand(100).double() * low).tolist())
         made.append((np.random.randint(0, 2**32, 100, np.uint32) % low).tolist())
         made.append([random.getrandbits(32) % low for _ in range(100)])
+        made.extend((x.integers(2**32, size=100) % low).tolist() for x in generators)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "make_agent", draw)
+    monkeypatch.setattr(script, "Run", draw)
     with pytest.raises(KeyboardInterrupt):
         script.train(small(script))
     assert not any({*a} & {*b} for a, b in itertools.combinations(made, 2))
@@ -63,6 +64,8 @@ def test_training_stores_raw_transitions_and_bootstraps_through_time_outs(script
     dies = (next_obs[:, 0] == 5) & (obs[:, 1] % 2 == 0)
     assert torch.equal(terminated, dies.float())  # and a time-out, at 8, is no death
     assert abs(action[:100].std() - 3**-0.5) < 0.05  # uniform in [-1, 1] until learning starts
+    returns = {x for _, x in all_scalars(args.run_dir)["charts/episodic_return"]}
+    assert returns == {20, 44}  # 2 + ... + 6, 2 + ... + 9
     assert result["eval"] == [(200, 44.0, 0.0)]  # 2 + ... + 9, whatever learning makes of rewards
 
 

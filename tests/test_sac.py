@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from conftest import same
+from conftest import checkpoint, same
 from test_ddpg import fit_critic, policy_gradient
 from test_ddpg import make_agent as make
 
@@ -93,7 +93,7 @@ def test_losses_by_hand():
     np.testing.assert_allclose(gradient, loss.item(), rtol=1e-5)
 
 
-def test_evaluation_takes_the_median_and_exploration_a_sample(monkeypatch):
+def test_evaluation_takes_the_median_and_exploration_a_sample(monkeypatch, small):
     agent, batch, args = make_agent(eval_episodes=1)
     obs, seen = batch.obs[0].numpy(), []
     median = torch.tanh(agent.actor.net(batch.obs)[0, :1]).detach()
@@ -107,6 +107,11 @@ def test_evaluation_takes_the_median_and_exploration_a_sample(monkeypatch):
     want = distribution(agent.actor, batch.obs[:1].expand(20_000, 3)).sample()
     assert abs(drawn.mean() - want.mean().item()) < 0.05
     assert abs(drawn.std() - want.std().item()) < 0.05
+    monkeypatch.setattr(sac_bn, "update", lambda *_: {})  # the policy stays as it begins
+    args = small(sac_bn, total_steps=600)
+    sac_bn.train(args)
+    acted = checkpoint(args.run_dir)["agent"]["buffer"]["data"][1][100:600]
+    assert abs(acted.std() - want.std()) < 0.1 < want.std()
 
 
 def test_policy_delay_and_beta1():
@@ -143,18 +148,21 @@ def test_in_train_mode_each_mean_q_is_constant_but_not_the_mean_minimum():
 
 def test_q_bias_by_brute_force():
     """The return that follows an action holds the entropy of all later ones."""
-    agent, _, args = make_agent(gamma=0.5)
+    agent, _, args = make_agent(gamma=0.5, norm="zfilter", reward_norm=True)
+    agent.obs_stat.push(np.random.default_rng(1).normal(2, 3, size=(50, 3)))
+    agent.reward_scale.push([0.0, 40.0, 80.0])  # of deviation 40
     agent.log_alpha.data.fill_(np.log(7.0))
     rng = np.random.default_rng(0)
     obs, action, reward = rng.normal(size=(30, 3)), rng.normal(size=(30, 1)), rng.normal(size=30)
-    inputs = [torch.tensor(x, dtype=torch.float32) for x in (obs, action)]
+    inputs = [torch.tensor(x).float() for x in (agent.obs_filter(obs), action)]
     q = agent.critic(*inputs).detach().numpy().mean(1)
-    episode = list(zip(obs, action, 100 * reward, strict=True))
+    episode = list(zip(obs, action, 100 * 40 * reward, strict=True))
+    reward = (100 * reward).clip(-10, 10)
     for terminated in (True, False):
         torch.manual_seed(11)
         log_prob, expected = agent.actor.sample(inputs[0])[1].detach().numpy(), []
         for t in range(30 if terminated else 30 - 6):  # 0.5 ** 7 < 0.01 < 0.5 ** 6
-            g = sum(0.5**k * r for k, r in enumerate(100 * reward[t:]))
+            g = sum(0.5**k * r for k, r in enumerate(reward[t:]))
             g -= 7 * sum(0.5**k * log_prob[t + k] for k in range(1, 30 - t))
             expected.append((q[t] - g) / max(abs(g), 10))
         torch.manual_seed(11)

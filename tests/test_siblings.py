@@ -14,7 +14,7 @@ TEXTS = {name: (ROOT / f"{name}.py").read_text() for name in NAMES}
 # What two scripts may define differently under one name.
 ALGORITHM = {"Args", "make_net", "Actor", "Critic", "update", "act", "make_agent", "train"}
 ALGORITHM |= {"check_options"}
-ACROSS = ALGORITHM | {"gradient_step", "explore", "evaluate", "norm_scalars"}
+ACROSS = ALGORITHM | {"gradient_step", "evaluate"}
 ACROSS |= {"make_env", "load_policy", "add_norm"}
 IMAGES = {"norm_layer", "add_norm"}  # of REINFORCE, which knows convolutions
 ON_POLICY = {"make_batch", "policy_loss", "as_input", "explore", "state_value"}
