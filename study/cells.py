@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+import sys
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,9 @@ CLAIMS = ROOT / "study" / "claims.toml"
 RESULTS = ROOT / "study" / "results"
 RUNS = Path("runs", "study")  # as seen from ROOT
 STATISTICS = "obs_stats.npz"
+NUMBER = r"-?\d+(\.\d+)?"  # on the right of a rule
 NEEDED = r"\{(.+?)\}"  # in the options of a cell: another one, whose statistics it uses
 PLACE = "run_dir", "resume", "device", "norm_stats"  # where files lie, and on what a run is made
-BY_HAND = *PLACE, "save_every"  # options that a run made by hand may choose
 
 
 class Cell(NamedTuple):
@@ -92,8 +93,13 @@ def parse(rule):
     )
 
 
+def every_rule(claim):
+    """Return the words of all its rules."""
+    return claim["compare"] + claim.get("also", [])
+
+
 def load(file=CLAIMS):
-    """Return ({id: claim}, {name: Cell}) of a file of claims."""
+    """Return ({id: claim}, {name: Cell}) of a file of claims; ValueError if it is inconsistent."""
     data = tomllib.loads(Path(file).read_text())
     cells = {}
     for family, changes in data["family"].items():
@@ -106,16 +112,31 @@ def load(file=CLAIMS):
             cell = "-".join(filter(None, (prefix, name)))
             options = f"{about['options']} {options}".strip()
             cells[cell] = Cell(cell, prefix, script, envs, about["steps"], seeds, options)
-    return data.get("claim", {}), cells
+    claims = data.get("claim", {})
+    rules = [rule for claim in claims.values() for rule in map(parse, every_rule(claim))]
+    asked = {x for rule in rules for x in (rule.left, rule.right) if not re.fullmatch(NUMBER, x)}
+    asked |= {x for cell in cells.values() for x in cell.needs()}
+    if unknown := sorted(asked - cells.keys()):
+        raise ValueError(f"no cell is called {' or '.join(unknown)}")
+    return claims, cells
 
 
 def cells_of(claim, cells):
     """Return {name: Cell} of what a claim compares, within the environments that its rules name."""
     envs = {}
-    for rule in map(parse, claim["compare"] + claim.get("also", [])):
+    for rule in map(parse, every_rule(claim)):
         for name in (x for x in (rule.left, rule.right) if x in cells):
             envs.setdefault(name, set()).update(rule.envs or cells[name].envs)
     return {name: cells[name].within(*envs[name]) for name in envs}
+
+
+def ask_finished(folders):
+    """End the program, in one line, if one of these folders holds no finished run."""
+    for folder in folders:
+        if not (folder / "result.json").exists():
+            sys.exit(
+                f"{folder} holds no finished run: `python -m study.run CELL` makes those of a cell"
+            )
 
 
 def plain(args):
@@ -136,9 +157,9 @@ def saved_options(about, script):
     return default | saved
 
 
-def fits(about, run, free):
-    """Return whether an args.json is of this run: all its options, but for those that are free."""
+def fits(about, run):
+    """Return whether an args.json is of this run: all its options, but for PLACE."""
     script = importlib.import_module(run.cell.script)
     asked = plain(tyro.cli(script.Args, args=run.words()))
     made = saved_options(about, run.cell.script)
-    return all(made[name] == value for name, value in asked.items() if name not in free)
+    return all(made[name] == value for name, value in asked.items() if name not in PLACE)

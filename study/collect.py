@@ -1,9 +1,8 @@
-"""Bring runs made by hand into study/results: python -m study.collect COMMIT RUN_FOLDER...
+"""What a run becomes in study/results: one file, <cell>/<env>-seed<k>.csv.
 
-Each run becomes one file, study/results/<cell>/<env>-seed<k>.csv, with one row for each evaluation:
-what was run, by which commit and versions and on which processor (this machine's), then a column
-for each scalar, the mean of its points since the evaluation before. A run that diverged has a last
-row where it stopped. The cell is the one in claims.toml that has the run's options.
+It has one row for each evaluation: what was run, by which commit and versions and on which
+processor (this machine's), then a column for each scalar, the mean of its points since the
+evaluation before. A run that diverged has a last row where it stopped.
 """
 
 import csv
@@ -12,17 +11,13 @@ import io
 import json
 import logging
 import os
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from tyro.conf import Positional
 
-from study.cells import BY_HAND, RESULTS, fits, load, plain, saved_options
+from study.cells import plain, saved_options
 
 SCALARS = "eval/return", "charts/episodic_return", "norm/actor_grad", "norm/saturation"
 SCALARS += "norm/q_bias", "norm/stat_lag", "norm/first_ratio"
@@ -32,12 +27,6 @@ COLUMNS += "diverged", "step", *SCALARS
 NOT_OPTIONS = "env", "seed", "run_dir", "resume", "device"
 # a run that is resumed says so in a warning
 logging.getLogger("tensorboard").setLevel(logging.ERROR)
-
-
-@dataclass
-class Args:
-    commit: Positional[str]  # of the script that made the runs
-    runs: Positional[tuple[Path, ...]]  # their folders
 
 
 def as_option(name, value):
@@ -104,47 +93,3 @@ def write(file, table, columns=COLUMNS):
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     temporary.write_text(text.getvalue())
     os.replace(temporary, file)
-
-
-def find(run_dir, cells):
-    """Return the run of a cell that was made in a folder; ValueError if it is none."""
-    try:
-        about = json.loads((run_dir / "args.json").read_text())
-        script = about.get("script", run_dir.parent.name)
-        env, seed = about["args"]["env"], about["args"]["seed"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"no folder of a run ({error})") from None
-    known = [cell for cell in cells.values() if cell.script.split(".")[-1] == script]
-    known = [run for cell in known for run in cell.runs()]
-    found = [
-        run for run in known if (run.env, run.seed) == (env, seed) and fits(about, run, BY_HAND)
-    ]
-    if found and found[0].cell.needs():  # of the cells that fit, the one that its statistics are of
-        source = find(Path(about["args"]["norm_stats"]).parent, cells)
-        found = [x for x in found if source.cell.name in x.cell.needs() and source.seed == seed]
-    if not found:
-        raise ValueError(f"no cell of claims.toml runs {script} on {env} so, with seed {seed}")
-    return found[0]
-
-
-def main(args):
-    _, cells = load()
-    failed = False
-    for run_dir in args.runs:
-        try:
-            run = find(run_dir, cells)
-            if not (run_dir / "result.json").exists():
-                raise ValueError("is not finished")
-            file = RESULTS / f"{run.path()}.csv"
-            if file.exists():
-                raise ValueError(f"{file} exists already")
-            write(file, rows(run, run_dir, args.commit))
-            print(file)
-        except ValueError as error:
-            print(f"{run_dir}: {error}", file=sys.stderr)
-            failed = True
-    return failed
-
-
-if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args)))

@@ -51,6 +51,7 @@ def look(run_dir, commit):
 
 
 def main(args):
+    cells.ask_finished(args.runs)
     table = [row for run_dir in args.runs for row in look(run_dir, args.commit)]
     collect.write(args.file, table, COLUMNS)
 

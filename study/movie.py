@@ -51,6 +51,7 @@ def panels(words, run_dir, args):
 
 
 def main(args):
+    cells.ask_finished(args.runs)
     film, columns = [], map(panels, PANELS, args.runs, [args] * len(PANELS))
     for row in zip(*columns, strict=True):
         frame = Image.new("RGB", (len(row) * WIDTH, HEIGHT))

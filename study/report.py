@@ -54,10 +54,12 @@ of improvement: how often a seed of the left is above one of the right. p is tha
 Mann-Whitney test, exact (for the same runs on both sides: Wilcoxon's), corrected by Holm for the
 number of comparisons of the claim; a difference is found if p < 0.05. Three seeds against three
 never show one, and their intervals are too narrow. If no metric is named, it is the return, as the
-mean of the last five evaluations. Of `7 + 3e` seeds three lie in `earlier`, till they are redone.
+mean of the last five evaluations. `7 + 3e` are seven seeds, and three of an earlier commit that are
+to be redone. In a command `{{none}}` stands for the statistics of that cell's run of the same seed.
 
 A claim holds if all its comparisons do, and is refuted if one is; while runs are missing it is
-open. `also` decides nothing; its comparisons are corrected among themselves."""
+open. `>=`, `<=` and `=` hold, too, where no difference is found. "Smaller than X": no interval of
+these comparisons goes further. `also` decides nothing, and is corrected by itself."""
 
 COLORS = {  # the first whose words stand in a cell's options; legible in light and in dark
     "batchrenorm": "#9467bd",
@@ -86,6 +88,7 @@ UNITS = {
 }
 FIRST = "none naive repair recipe crossnorm layernorm-no-target"
 MAIN = "none naive two-pass recipe recipe-wn crossnorm layernorm-zfilter"
+PPO = "none eval-eval eval-train train-train"
 FIGURES = {  # name: families, cells of them, environments, scalars
     "first": ("ddpg", FIRST, BOTH, "eval/return"),
     "ladder": ("sac", "none zfilter naive repair recipe recipe-wn crossq", BOTH, "eval/return"),
@@ -93,12 +96,7 @@ FIGURES = {  # name: families, cells of them, environments, scalars
     "bias": ("ddpg sac", "none repair two-pass recipe", HOPPER, "|norm/q_bias|"),
     "gradient": ("ddpg", "naive repair", BOTH, "norm/actor_grad"),
     "main": ("ddpg-ant sac-ant", MAIN, ANT, "eval/return"),
-    "ppo": (
-        "ppo",
-        "none eval-eval eval-train train-train",
-        BOTH,
-        "charts/episodic_return norm/first_ratio",
-    ),
+    "ppo": ("ppo", PPO, BOTH, "charts/episodic_return norm/first_ratio"),
 }
 LADDER = "none naive repair joint recipe recipe-wn recipe-wn-rn crossq"
 MODES = {  # words: metric, marker
@@ -172,7 +170,7 @@ def curve(ax, runs, scalar, **look):
     if len(steps) == 1:
         look["marker"] = look["marker"] or "o"
     ax.plot(steps, iqm(y), linewidth=2, markersize=5, markevery=-(-len(steps) // 10), **look)
-    if len(runs) > 1:
+    if len(runs) > 2:
         ax.fill_between(steps, *interval(y), color=look["color"], alpha=0.15, linewidth=0)
 
 
@@ -233,7 +231,7 @@ def dots(rows, xlabel, file):
 def standing():
     """Return what an ant earns that stands still, from the starts of an evaluation."""
     gym.logger.min_level = gym.logger.ERROR  # it warns that v4 is not the newest
-    env, total = gym.make(*ANT), 0.0
+    env, total = gym.make("Ant-v4"), 0.0
     for k in range(5):
         env.reset(seed=1_000_000 + k)
         done = False
@@ -255,7 +253,8 @@ def table(head, rows):
 
 def typed(options):
     """Return options of a cell as one types them, but for the length of its runs."""
-    return re.sub(r"--(total-steps|eval-every) \d+ ?", "", options).strip() or "no option"
+    options = re.sub(r"--(total-steps|eval-every) \d+ ?", "", options).strip()
+    return f"`{options}`" if options else "no option"
 
 
 def picture(name, words):
@@ -264,7 +263,7 @@ def picture(name, words):
 
 
 def answer(data):
-    """Return a sentence for DDPG, SAC and PPO: returns without and with batch norm."""
+    """Return a line for each of DDPG, SAC and PPO: returns without and with batch norm."""
     off = {"none": "without", "naive": "naive", "repair": "repair", "recipe": "recipe"}
     off |= {"crossnorm": "CrossNorm", "crossq": "CrossQ"}  # each in one of the two
     ppo = {"none": "without", "eval-train": "naive", "train-train": "acting in train mode"}
@@ -274,7 +273,7 @@ def answer(data):
         parts = []
         for name, what in cell_words.items():
             samples = [values(data, f"{family}-{name}", env) for env in BOTH]
-            if min(map(len, samples)) > 1:  # one seed is no answer
+            if min(map(len, samples)) > 2:  # one seed or two are no answer
                 parts.append(f"{what} {' / '.join(number(iqm(x)) for x in samples)}")
         bullets.append(f"- **{family.upper()}**: {' · '.join(parts)}")
     return "\n".join(bullets)
@@ -302,8 +301,7 @@ def returns(data, known, families, names, envs):
         of = [known[x] for family in families if (x := f"{family}-{name}") in known]
         options = of[0].options
         adds = "--norm" in above and options.startswith(above)
-        words = f"`+{options.removeprefix(above)}`" if adds else f"`{typed(options)}`"
-        words = words.replace("`no option`", "no option")
+        words = f"`+{options.removeprefix(above)}`" if adds else typed(options)
         if name == "crossq":
             words = "see `sac_bn.py`, but 512 wide"
         samples = [values(data, f"{family}-{name}", env) for family, env in columns]
@@ -337,7 +335,7 @@ def forum(data, known, figures):
             continue
         texts = [told(found[mode][0]) if mode in found else "" for mode in MODES]
         row = name.removeprefix("reinforce-")
-        rows.append([row, f"`{typed(cell.options)}`", *texts, seeds(data, name, env)])
+        rows.append([row, typed(cell.options), *texts, seeds(data, name, env)])
         if "cnn" not in name:
             drawn[row] = found
     if drawn:
@@ -356,7 +354,7 @@ def landscape(file, figures):
             seen, label = rows[rows["mode"] == mode], f"critic in {mode} mode"
             ax.plot(seen["factor"], seen["q"], color=COLORS[like], linewidth=2, label=label)
         ax.set(xlabel="factor on all actions of the batch", ylabel="mean Q (discounted return)")
-        ax.set(xticks=[-1, -0.5, 0, 0.5, 1], title=typed(options))
+        ax.set(xticks=[-1, -0.5, 0, 0.5, 1], title=typed(options).strip("`"))
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2)
     save(figure, figures / "landscape.svg")
@@ -375,11 +373,12 @@ def judged(claims, verdicts):
     rows = []
     for name, claim in claims.items():
         verdict, c, _ = verdicts[name]
-        right = c.rule.right if c.rule.right[0].isalpha() else "of"
+        right = c.rule.right if c.rule.right[0].isalpha() else "asked"
         sides = c.rule.left, f"{c.rule.factor:g}*{right}" if c.rule.factor != 1 else right
         if c.paired:
             sides = (metric.split(" last")[0] for metric in c.metrics)
         parts = [f"{x} {number(iqm(y))}" for x, y in zip(sides, (c.x, c.y), strict=True) if len(y)]
+        parts = parts if len(parts) == 2 else []
         why = f"{c.env.split('/')[-1]}: {', '.join(dict.fromkeys(parts))}" if parts else ""
         why += "" if c.paired or not parts else unit(c.metrics[0])
         found = ". ".join(x for x in (why, claim.get("note")) if x)
@@ -413,7 +412,8 @@ def all_cells(data, known):
     """Return the table of all cells: what runs them, what is made, and their returns."""
     rows = []
     for name, cell in known.items():
-        words = " ".join(["python", *cell.program(), cell.options, f"--total-steps {cell.steps}"])
+        words = " ".join(["python", *cell.program(), *cell.options.split()])
+        words += f" --total-steps {cell.steps}"
         runs = [rows for env in cell.envs for rows in data.get((name, env), {}).values()]
         commits = sorted({x for run in runs for x in run["commit"].iloc[0].split()})
         made = ", ".join(seeds(data, name, env) for env in cell.envs) + f" of {len(cell.seeds)}"

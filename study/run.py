@@ -142,7 +142,7 @@ def work(run, runs, board, paths, *contents):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         about = folder / "args.json"
-        if about.exists() and not cells.fits(json.loads(about.read_text()), run, cells.PLACE):
+        if about.exists() and not cells.fits(json.loads(about.read_text()), run):
             raise RuntimeError(f"{folder} holds a run with other options: remove it")
         finish(run, folder, runs, log, lambda step: board.show.remote(run, step))
         started = dict.fromkeys(commits(folder).read_text().split())

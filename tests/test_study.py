@@ -69,6 +69,13 @@ def gate_pid(tmp_path):
     raise AssertionError("no script came to the gate")
 
 
+@pytest.mark.parametrize("rule", ["tiny-none > tiny-typo", "tiny-none >"])
+def test_a_claim_about_what_is_no_cell_is_refused(tmp_path, rule):
+    (tmp_path / "claims.toml").write_text(f"{CLAIMS}\n[claim.T1]\ncompare = ['{rule}']")
+    with pytest.raises(ValueError, match=r"tiny-typo|not enough values"):
+        cells.load(tmp_path / "claims.toml")
+
+
 def make(folder, **options):
     """Make a run by hand; return its folder."""
     options = {"total_steps": 1500, "eval_every": 500, "eval_episodes": 2} | options
