@@ -360,11 +360,8 @@ def make_agent(env, args, device):
 
 def train(args):
     """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
-    torch.set_num_threads(1)  # more are slower where cores are busy, and here hardly faster
+    torch.set_num_threads(1)  # more are slower on busy cores, and here hardly faster
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    cpu = torch.cpu.get_capabilities()
-    if cpu.get("avx512_f") and not cpu.get("amx_tile"):
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # picks oneDNN; no AMX, so in float32
     seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
@@ -378,7 +375,9 @@ def train(args):
     if args.capture_video:
         folder, name = str(run.dir / "videos"), f"from-step{run.step}"
         eval_env = gym.wrappers.RecordVideo(eval_env, folder, lambda _: True, name_prefix=name)
-    obs, losses = None, {}
+    obs, losses, cpu = None, {}, torch.cpu.get_capabilities()
+    if cpu.get("avx512_f") and not cpu.get("amx_tile"):
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN; still float32, as no AMX
     try:
         while run.step < args.total_steps:
             if obs is None:  # an episode begins
@@ -463,15 +462,16 @@ def q_errors(agent, episode, terminated, args):
     discount up to the cut is at most 0.01.
     """
     obs, action, rewards = map(np.array, zip(*episode, strict=True))
-    if args.reward_norm:
-        rewards = agent.reward_scale(rewards)  # Q is of scaled ones
+    floor = 10
+    if args.reward_norm:  # Q is of scaled rewards
+        rewards, floor = agent.reward_scale(rewards), agent.reward_scale(floor)
     inputs = agent.obs_filter(obs), action
     inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
     q, g = agent.critic.eval()(*inputs).cpu().numpy(), np.array([*rewards, 0.0])
     for t in reversed(range(len(q))):
         g[t] += args.gamma * g[t + 1]
     known = np.logical_or(terminated, args.gamma ** np.arange(len(q), 0, -1) <= 0.01)
-    return ((q - g[:-1]) / np.maximum(np.abs(g[:-1]), 10))[known]
+    return ((q - g[:-1]) / np.maximum(np.abs(g[:-1]), floor))[known]
 
 
 @torch.no_grad()
@@ -485,8 +485,7 @@ def norm_scalars(agent, batch):
     grads = [p.grad for p in agent.actor.parameters() if p.grad is not None]
     scalars, lags = {"norm/actor_grad": nn.utils.get_total_norm(grads)}, []
     scalars["norm/saturation"] = (agent.actor.eval()(batch.obs).abs() > 0.98).float().mean()
-    nets = (agent.actor, [batch.obs]), (agent.critic, [batch.obs, batch.action])
-    for net, inputs in nets:
+    for net, inputs in ((agent.actor, [batch.obs]), (agent.critic, [batch.obs, batch.action])):
         fresh = copy.deepcopy(net).train()
         for layer in fresh.modules():
             layer.momentum = 1.0  # a pass makes running statistics those of its batch
@@ -638,7 +637,7 @@ class Run:
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         state["torch"] = torch.get_rng_state(), gpus
         stats = self.dir / "obs_stats.npz"  # NORM save: for --norm fixed
-        write(stats, lambda x: self.agent.obs_stat.save(x, env=self.args.env))  # NORM save: and env
+        write(stats, lambda x: self.agent.obs_stat.save(x, env=self.args.env))  # NORM save: its id
         self.writer.flush()  # a resumed run writes only the events that follow
         write(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
         self.saved = self.step

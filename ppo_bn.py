@@ -341,7 +341,7 @@ def make_agent(env, args, device):
 
 def train(args):
     """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
-    torch.set_num_threads(1)  # more are slower where cores are busy, and here hardly faster
+    torch.set_num_threads(1)  # more are slower on busy cores, and here hardly faster
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     seeds = np.random.SeedSequence(args.seed).generate_state(2 + args.num_envs).tolist()
     torch.manual_seed(seeds[0])
@@ -585,7 +585,7 @@ class Run:
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         state["torch"] = torch.get_rng_state(), gpus
         stats = self.dir / "obs_stats.npz"  # NORM save: for --norm fixed
-        write(stats, lambda x: self.agent.obs_stat.save(x, env=self.args.env))  # NORM save: and env
+        write(stats, lambda x: self.agent.obs_stat.save(x, env=self.args.env))  # NORM save: its id
         self.writer.flush()  # a resumed run writes only the events that follow
         write(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
         self.saved = self.step

@@ -5,7 +5,7 @@ From naive batch norm to what works, each line adds to the last:  # NORM flag: t
 python sac_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: naive, to watch it fail
     --bn-policy-critic eval  # NORM flag: the actor's loss uses statistics that it cannot move
     --bn-joint  # NORM flag: (s, a) and (s', a') share their statistics
-    --bn-target train  # NORM flag: those of the target critic are its batch's: the recipe
+    --bn-target train  # NORM flag: the target critic uses its batch's, too: the recipe
     --weight-norm  # NORM flag: weights of fixed length keep the learning rate that was set
     --reward-norm  # NORM flag: Q has one scale in every environment
 CrossQ (Bhatt et al. 2024) is a branch after --bn-joint:  # NORM flag: without a target network
@@ -18,13 +18,11 @@ NORM, a kind and a reason stand where normalization enters. To strip it:  # NORM
 sed '/NORM [b]egin/,/NORM [e]nd/d; /[#] NORM/d' sac_bn.py > plain.py  # NORM flag: help
 
 Equations and appendices are those of the paper (arXiv 1812.05905). Details that it does not have:
-D1  Uniformly random actions at first (Spinning Up, TD3). Evaluation plays the policy's median,
-    tanh(mean) (SB3, Spinning Up).
+D1  Uniformly random actions at first. Evaluation plays the median, tanh(mean) (SB3).
 D2  A time-out is not a death: the target goes on through it (Pardo et al., arXiv 1712.00378).
 D3  Actions are in [-1, 1], and scaled to the environment's bounds outside the policy; so the target
     entropy means the same in all units.
-D4  Learning rates are those of the SAC in CrossQ's paper. SAC's paper: --actor-lr 3e-4
-    --critic-lr 3e-4 --alpha-lr 3e-4
+D4  Learning rates are CrossQ's. SAC's paper: --actor-lr 3e-4 --critic-lr 3e-4 --alpha-lr 3e-4
 """
 
 import copy
@@ -102,7 +100,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (256, 256)  # width of each hidden layer
     critic_hidden_sizes: tuple[int, ...] = ()  # those of the critics, if they differ
     max_grad_norm: float = 0.0  # longest gradient of a network; 0 for any length
-    target_network: bool = True  # no: bootstrap from the live networks
+    target_network: bool = True  # no: bootstrap from the live critics
 
     def __post_init__(self):
         if isinstance(self.norm, str):  # NORM flag: Args(norm="batchnorm") works in Python, too
@@ -218,11 +216,9 @@ class Critic(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         sizes = args.critic_hidden_sizes or args.hidden_sizes
-        self.nets = nn.ModuleList()
-        for _ in range(2):
-            net = make_net(obs_dim + action_dim, *sizes, 1)
+        self.nets = nn.ModuleList(make_net(obs_dim + action_dim, *sizes, 1) for _ in range(2))
+        for net in self.nets:  # NORM layer: of both
             add_norm(net, "critic", args)  # NORM layer: on (s, a)
-            self.nets.append(net)
 
     def forward(self, obs, action):
         x = torch.cat([obs, action], dim=1)
@@ -405,11 +401,8 @@ def make_agent(env, args, device):
 
 def train(args):
     """Train a policy; return {"run_dir", "eval": [(step, mean, std), ...], "steps", ...}."""
-    torch.set_num_threads(1)  # more are slower where cores are busy, and here hardly faster
+    torch.set_num_threads(1)  # more are slower on busy cores, and here hardly faster
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    cpu = torch.cpu.get_capabilities()
-    if cpu.get("avx512_f") and not cpu.get("amx_tile"):
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # picks oneDNN; no AMX, so in float32
     seeds = np.random.SeedSequence(args.seed).generate_state(4).tolist()
     torch.manual_seed(seeds[0])
     random.seed(seeds[0])
@@ -423,7 +416,9 @@ def train(args):
     if args.capture_video:
         folder, name = str(run.dir / "videos"), f"from-step{run.step}"
         eval_env = gym.wrappers.RecordVideo(eval_env, folder, lambda _: True, name_prefix=name)
-    obs, losses = None, {}
+    obs, losses, cpu = None, {}, torch.cpu.get_capabilities()
+    if cpu.get("avx512_f") and not cpu.get("amx_tile"):
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN; still float32, as no AMX
     try:
         while run.step < args.total_steps:
             if obs is None:  # an episode begins
@@ -447,8 +442,9 @@ def train(args):
             if run.step > args.learning_starts:
                 batch = sample_batch(agent, rng, args)
                 run.updates += 1
-                losses |= update(agent, batch, run.updates, args)  # not all, if policy_delay
-                if run.step % 1000 == 0:
+                losses = update(agent, batch, run.updates, args)
+                # every 1000 steps, or when the actor moves next
+                if run.step % 1000 < args.policy_delay and "losses/actor" in losses:
                     run.log(losses)
                     run.log(norm_scalars(agent, batch))  # NORM report: no effect on learning
             # report
@@ -509,8 +505,9 @@ def q_errors(agent, episode, terminated, args):
     to the cut is at most 0.01.
     """
     obs, action, rewards = map(np.array, zip(*episode, strict=True))
-    if args.reward_norm:
-        rewards = agent.reward_scale(rewards)  # Q is of scaled ones
+    floor = 10
+    if args.reward_norm:  # Q is of scaled rewards
+        rewards, floor = agent.reward_scale(rewards), agent.reward_scale(floor)
     inputs = agent.obs_filter(obs), action
     inputs = [torch.as_tensor(x, dtype=torch.float32, device=agent.device) for x in inputs]
     _, log_prob = agent.actor.eval().sample(inputs[0])
@@ -519,7 +516,7 @@ def q_errors(agent, episode, terminated, args):
     for t in reversed(range(len(q) - 1)):
         g[t] += args.gamma * (g[t + 1] + bonus[t + 1])
     known = np.logical_or(terminated, args.gamma ** np.arange(len(q), 0, -1) <= 0.01)
-    return ((q - g[:-1]) / np.maximum(np.abs(g[:-1]), 10))[known]
+    return ((q - g[:-1]) / np.maximum(np.abs(g[:-1]), floor))[known]
 
 
 @torch.no_grad()
@@ -533,8 +530,7 @@ def norm_scalars(agent, batch):
     grads = [p.grad for p in agent.actor.parameters() if p.grad is not None]
     scalars, lags = {"norm/actor_grad": nn.utils.get_total_norm(grads)}, []
     scalars["norm/saturation"] = (agent.actor.eval()(batch.obs).abs() > 0.98).float().mean()
-    nets = (agent.actor, [batch.obs]), (agent.critic, [batch.obs, batch.action])
-    for net, inputs in nets:
+    for net, inputs in ((agent.actor, [batch.obs]), (agent.critic, [batch.obs, batch.action])):
         fresh = copy.deepcopy(net).train()
         for layer in fresh.modules():
             layer.momentum = 1.0  # a pass makes running statistics those of its batch
@@ -686,7 +682,7 @@ class Run:
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         state["torch"] = torch.get_rng_state(), gpus
         stats = self.dir / "obs_stats.npz"  # NORM save: for --norm fixed
-        write(stats, lambda x: self.agent.obs_stat.save(x, env=self.args.env))  # NORM save: and env
+        write(stats, lambda x: self.agent.obs_stat.save(x, env=self.args.env))  # NORM save: its id
         self.writer.flush()  # a resumed run writes only the events that follow
         write(self.dir / "checkpoint.pt", lambda file: torch.save(state, file))
         self.saved = self.step

@@ -55,10 +55,10 @@ class PrioritizedReplay(ReplayBuffer):
         return Batch(*(array[self.rows] for array in self.data))
 
     def state_dict(self):
-        return super().state_dict() | {"nodes": torch.from_numpy(self.nodes), "p": self.largest}
+        return {"plain": super().state_dict(), "nodes": torch.tensor(self.nodes), "p": self.largest}
 
     def load_state_dict(self, state):
-        super().load_state_dict(state)
+        super().load_state_dict(state["plain"])
         self.nodes[:], self.largest = state["nodes"], state["p"]
 
 
