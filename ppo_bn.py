@@ -643,10 +643,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
     try:
         args = tyro.cli(Args)
-        if args.resume:  # what is not given is as in that run
+        if args.resume:  # the rest is as in that run
             args = tyro.cli(Args, default=saved_args(args.resume))
         sys.exit(3 if train(args)["diverged"] else 0)
-    except (OSError, ValueError, gym.error.Error) as error:
+    except (ImportError, OSError, ValueError, gym.error.Error) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         sys.exit(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})")
     except KeyboardInterrupt:

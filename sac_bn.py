@@ -559,7 +559,7 @@ def make_env(args, is_shown=False):
     env = gym.make(args.env, max_episode_steps=args.max_episode_steps or None, **video)
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)
-        if is_shown:  # the one for evaluation says it for both
+        if is_shown:  # one environment says it for both
             print(f"{args.env} sets no time limit: episodes end after 10000 steps", flush=True)
     obs_space, space = env.observation_space, env.action_space
     if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
@@ -740,10 +740,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
     try:
         args = tyro.cli(Args)
-        if args.resume:  # what is not given is as in that run
+        if args.resume:  # the rest is as in that run
             args = tyro.cli(Args, default=saved_args(args.resume))
         sys.exit(3 if train(args)["diverged"] else 0)
-    except (OSError, ValueError, gym.error.Error) as error:
+    except (ImportError, OSError, ValueError, gym.error.Error) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         sys.exit(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})")
     except KeyboardInterrupt:

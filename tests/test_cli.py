@@ -105,6 +105,7 @@ def test_senseless_options_are_refused_and_leave_nothing(
 
 FAILS = [
     (SCRIPTS, {"env": "Nope-v9"}, "NameNotFound: "),
+    (SCRIPTS, {"env": "no_such_module:Nope-v9"}, "ModuleNotFoundError: "),
     (SCRIPTS, {"norm": "fixed", "norm_stats": "no/such.npz"}, "no/such.npz"),
     (SCRIPTS, {"resume": "no/such/run"}, "no/such/run"),
     (SCRIPTS, {"run_dir": f"{__file__}/run"}, "NotADirectoryError: "),
