@@ -375,7 +375,8 @@ def train(args):
     if args.capture_video:
         folder, name = str(run.dir / "videos"), f"from-step{run.step}"
         eval_env = gym.wrappers.RecordVideo(eval_env, folder, lambda _: True, name_prefix=name)
-    obs, losses, cpu = None, {}, torch.cpu.get_capabilities()
+    obs, losses = None, {}
+    cpu = torch.cpu.get_capabilities()
     if cpu.get("avx512_f") and not cpu.get("amx_tile"):
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN; still float32, as no AMX
     try:
