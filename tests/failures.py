@@ -152,7 +152,7 @@ FAILURES = [
         "No error, but what the policy does in a state depends on the other environments, and"
         " evaluating more often changes the training.",
         "ppo_bn",
-        "agent.actor.eval()  # NORM mode: what it does",
+        "agent.actor.eval()  # NORM mode: each action",
         "agent.actor.train()  # NORM mode: what it does",
         "Evaluation in train mode: with several observations at once torch does not complain, and"
         " `torch.no_grad` stops gradients, not running statistics.",
