@@ -153,7 +153,7 @@ FAILURES = [
         " evaluating more often changes the training.",
         "ppo_bn",
         "agent.actor.eval()  # NORM mode: each action",
-        "agent.actor.train()  # NORM mode: what it does",
+        "agent.actor.train()  # NORM mode: each action",
         "Evaluation in train mode: with several observations at once torch does not complain, and"
         " `torch.no_grad` stops gradients, not running statistics.",
         f"{SB3}/issues/535",
