@@ -10,6 +10,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["reinforce_bn", "ppo_bn", "ddpg_bn", "sac_bn"]
 torch.set_num_threads(1)  # the networks are tiny, and bits must not depend on the machine
 
 

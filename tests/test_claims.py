@@ -16,11 +16,6 @@ CLAIMS, CELLS = load()
 METRIC = r"(?P<a>\|?)(?P<scalar>\w+(/\w+)?) (last \d+|mean)(?P=a)|onset (?P<other>\w+/\w+)"
 
 
-def test_the_claims_are_those_of_the_forum_of_zeng_and_of_others():
-    counts = ("F", 6), ("Z", 10), ("B", 7), ("N", 5)
-    assert list(CLAIMS) == [f"{x}{k + 1}" for x, n in counts for k in range(n)]
-
-
 @pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
 def test_what_is_compared_is_run_and_measured(claim):
     keys = {"source", "says", "compare"}

@@ -17,10 +17,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import all_scalars, checkpoint, same, unmeasured
+from conftest import ROOT, SCRIPTS, all_scalars, checkpoint, same, unmeasured
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = ["reinforce_bn", "ppo_bn", "ddpg_bn", "sac_bn"]
 KILLS = int(os.environ.get("KILLS", 12))  # of each of the long tests
 MANY = pytest.param(KILLS, marks=pytest.mark.slow, id="many_times")
 

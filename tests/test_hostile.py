@@ -10,12 +10,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import Picture, checkpoint, same
+from conftest import SCRIPTS, Picture, checkpoint, same
 from gymnasium import spaces
 
 import reinforce_bn
 
-SCRIPTS = ["reinforce_bn", "ppo_bn", "ddpg_bn", "sac_bn"]
 NAN, BOX = float("nan"), spaces.Box(-9, 9, (2,), np.float32)
 ROOMS = []  # that were made since a test began
 
@@ -122,12 +121,11 @@ def test_what_never_ends_is_cut(script, play, capsys):
     assert play(script, {"endless": True}, max_episode_steps=20)[0]["eval"][-1][1] == 20
     assert "time limit" not in capsys.readouterr().out
     _, args = play(script, {}, norm="batchnorm", total_steps=1)
-    env = importlib.import_module(script).make_env(args)
-    assert env.get_wrapper_attr("_max_episode_steps") == 10_000
-    env.close()
     assert ROOMS and all(room.closed for room in ROOMS)
     said = "Room-v0 sets no time limit: episodes end after 10000 steps"
     assert capsys.readouterr().out.count(said) == 1
+    env = importlib.import_module(script).make_env(args)
+    assert env.get_wrapper_attr("_max_episode_steps") == 10_000
 
 
 GENERATORS = {

@@ -3,12 +3,9 @@
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import unmeasured
-
-ROOT = Path(__file__).parent.parent
+from conftest import ROOT, unmeasured
 
 MUTATIONS = {
     "test_zfilter.py::test_a_million_samples_in_uneven_batches_equal_numpy": [
@@ -57,11 +54,6 @@ def test_a_change_makes_a_test_fail(script, old, new, test, tmp_path):
     assert source.count(old) == 1
     (tmp_path / f"{script}.py").write_text(source.replace(old, new))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, f"tests/{test}"],
-        cwd=tmp_path,
-        env=unmeasured(PYTHONPATH=str(tmp_path)),
-        capture_output=True,
-        text=True,
-    )
+    command, env = [*command, f"tests/{test}"], unmeasured(PYTHONPATH=str(tmp_path))
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and " failed" in done.stdout, done.stdout[-2000:] + done.stderr

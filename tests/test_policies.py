@@ -7,14 +7,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint
+from conftest import SCRIPTS, checkpoint
 from moviepy import VideoFileClip
 
 import ddpg_bn
 import ppo_bn
 
 
-@pytest.mark.parametrize("name", ["reinforce_bn", "ppo_bn", "ddpg_bn", "sac_bn"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_policy_acts_elsewhere_by_the_statistics_of_its_run(name, small):
     script = importlib.import_module(name)
     args = small(script, env="Countdown-v0", norm="zfilter", total_steps=200)

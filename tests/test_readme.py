@@ -5,14 +5,12 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import unmeasured
+from conftest import ROOT, unmeasured
 
 import ddpg_bn
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = {file: file.read_text() for file in (ROOT / "README.md", *ROOT.glob("study/*.md"))}
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)

@@ -7,9 +7,9 @@ import time
 from dataclasses import replace
 
 import pytest
-from conftest import all_scalars, checkpoint, same, unmeasured
+from conftest import ROOT, SCRIPTS, all_scalars, checkpoint, same, unmeasured
 from test_cli import words_of
-from test_faults import ROOT, SCRIPTS, options
+from test_faults import options
 
 import ddpg_bn
 

@@ -110,19 +110,12 @@ def test_an_interval_is_that_of_all_resamples():
     assert verdicts.interval(x, np.subtract(x, 5), paired=True) == (5, 5)
 
 
-SIDES = {
-    f"{name} {x}": CLAIMS[name][x]
-    for name in CLAIMS
-    for x in ("compare", "also")
-    if x in CLAIMS[name]
-}
-
-
-@pytest.mark.parametrize("rules", SIDES.values(), ids=SIDES)
-def test_enough_seeds_are_asked_to_find_every_difference(rules):
+@pytest.mark.parametrize("side", ["compare", "also"])
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+def test_enough_seeds_are_asked_to_find_every_difference(claim, side):
     """All seeds of one side above all of the other must give p < 0.05, corrected."""
     smallest = []
-    for rule in map(cells.parse, rules):
+    for rule in map(cells.parse, claim.get(side, [])):
         if rule.relation != "same" and rule.right in KNOWN:
             left, right = KNOWN[rule.left], KNOWN[rule.right]
             n, m = len(left.seeds), len(right.seeds)

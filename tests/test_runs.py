@@ -1,4 +1,4 @@
-"""Whole runs of the scripts that learn from a replay buffer: what they store, learn and leave."""
+"""Whole runs, most of those that learn from a replay: what they store, learn and leave."""
 
 import importlib
 import itertools
@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Countdown, all_scalars, checkpoint
-
-SCRIPTS = ["reinforce_bn", "ppo_bn", "ddpg_bn", "sac_bn"]
+from conftest import SCRIPTS, Countdown, all_scalars, checkpoint
 
 
 @pytest.fixture

@@ -3,13 +3,11 @@
 import ast
 import re
 from itertools import combinations
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, SCRIPTS
 
-ROOT = Path(__file__).parent.parent
-NAMES = "reinforce_bn", "ppo_bn", "ddpg_bn", "sac_bn"
-TEXTS = {name: (ROOT / f"{name}.py").read_text() for name in NAMES}
+TEXTS = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
 
 # What two scripts may define differently under one name.
 ALGORITHM = {"Args", "make_net", "Actor", "Critic", "update", "act", "make_agent", "train"}
@@ -18,7 +16,7 @@ ACROSS = ALGORITHM | {"gradient_step", "evaluate"}
 ACROSS |= {"make_env", "load_policy", "add_norm"}
 IMAGES = {"norm_layer", "add_norm"}  # of REINFORCE, which knows convolutions
 ON_POLICY = {"make_batch", "policy_loss", "as_input", "explore", "state_value"}
-DIFFER = {pair: ACROSS | IMAGES for pair in combinations(NAMES, 2)}
+DIFFER = {pair: ACROSS | IMAGES for pair in combinations(SCRIPTS, 2)}
 DIFFER["reinforce_bn", "ppo_bn"] = ALGORITHM | IMAGES | ON_POLICY | {"make_env"}
 DIFFER["ppo_bn", "ddpg_bn"] = DIFFER["ppo_bn", "sac_bn"] = ACROSS
 DIFFER["ddpg_bn", "sac_bn"] = ALGORITHM | {"critic_loss", "actor_loss", "q_errors"}
@@ -63,7 +61,7 @@ def stripped(text):
     return [line for line in text.splitlines() if "# NORM" not in line]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_no_script_grows(name):
     (train,) = (x for x in ast.parse(TEXTS[name]).body if getattr(x, "name", "") == "train")
     found = [x for x in ast.walk(train) if isinstance(x, ast.For | ast.While)]
