@@ -2,7 +2,7 @@
 
 python ddpg_bn.py --env Ant-v4
 python ddpg_bn.py --env Ant-v4 --norm batchnorm  # NORM flag: naive, to watch it fail
-python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: one repair
+python ddpg_bn.py --env Ant-v4 --norm batchnorm --bn-policy-critic eval  # NORM flag: the repair
 python ddpg_bn.py --resume runs/Ant-v4/ddpg_bn/RUN
 
 NORM, a kind and a reason stand where normalization enters. To strip it:  # NORM flag: help
@@ -41,7 +41,7 @@ from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: running statistics
+from zfilter import RewardScale, ZFilter  # NORM obs: running statistics
 
 
 # ------------------------------------------------------------------------------------------- Args
@@ -100,7 +100,7 @@ class BatchRenorm(nn.BatchNorm1d):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with CrossQ's bounds and epsilon.
 
     y = weight (x_hat r + d) + bias, where x_hat is batch norm's. The constants r = std_B / std and
-    d = (mean_B - mean) / std, unless clipped, give the output of eval mode. rstd is 1 / std_B.
+    d = (mean_B - mean) / std (B: batch), unless clipped, give eval mode's output. rstd: 1 / std_B.
     """
 
     def __init__(self, features, momentum, warmup):
@@ -153,7 +153,7 @@ def project_weights(net):
     """With --weight-norm, give weights and bias of a hidden unit, as one vector, length 1 (XQC).
 
     If batch norm follows, even after a ReLU, only their direction matters, and the longer they are,
-    the less a gradient step turns them. At length 1 a step turns them as far as ever.
+    the less a gradient step turns them. At length 1 equal steps turn them equally.
     """
     for layer in net.modules():
         if getattr(layer, "has_unit_length", False):
@@ -192,7 +192,7 @@ class Critic(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         sizes, k = (obs_dim, *args.hidden_sizes), args.action_layer
-        before = [nn.Linear(sizes[0], sizes[1]), nn.ReLU()] if k else []  # a joins (D3)
+        before = [nn.Linear(sizes[0], sizes[1]), nn.ReLU()] if k else []  # s alone (D3)
         self.obs_net = nn.Sequential(*before)
         self.net = make_net(sizes[k] + action_dim, *sizes[k + 1 :], 1)
         add_norm(self.obs_net if k else self.net, "critic", args)  # NORM layer: on s alone if k
@@ -222,7 +222,7 @@ def q_values(agent, batch, next_action, args):
         return q, q_next.detach()
     # NORM end
     with torch.no_grad():
-        agent.critic_target.train(args.bn_target == "train")  # NORM mode: whose statistics y uses
+        agent.critic_target.train(args.bn_target == "train")  # NORM mode: whose statistics it uses
         q_next = agent.critic_target(batch.next_obs, next_action)
     agent.critic.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
     return agent.critic(batch.obs, batch.action), q_next
@@ -241,7 +241,7 @@ def critic_loss(agent, batch, args):
 def actor_loss(agent, batch, args):
     """Return -mean Q(s, mu(s)), whose gradient reaches mu through the action (Eq. 6)."""
     agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
-    # NORM mode: train mode gives each feature the mean beta, its bias, whatever mu does. If such a
+    # NORM mode: in train mode each feature's mean is beta, learnt, whatever mu does. If such a
     # NORM mode: layer feeds the output (w, b), mean Q = w beta + b: but for rounding, no gradient.
     agent.critic.train(args.bn_policy_critic == "train")  # NORM mode: train is naive, eval repairs
     return -agent.critic(batch.obs, agent.actor(batch.obs)).mean()
@@ -261,7 +261,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
 def update_target(target, source, tau):
     """theta' <- (1 - tau) theta' + tau theta (Algorithm 1)."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-    for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: of layers
+    for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: statistics
         old.copy_(new)  # NORM target: running statistics: copied, so newer than averaged weights
 
 
@@ -314,7 +314,7 @@ class ReplayBuffer:
 def sample_batch(agent, rng, args):
     """Return a Batch from the replay as the networks take it."""
     batch = agent.buffer.sample(rng, args.batch_size)
-    # NORM begin: obs: the replay stays raw, and is normalized by the statistics of now
+    # NORM begin: obs: the replay stays raw, and is normalized by current statistics
     obs, next_obs = (agent.obs_filter(x) for x in (batch.obs, batch.next_obs))
     batch = batch._replace(obs=obs, next_obs=next_obs)
     if args.reward_norm:
@@ -345,14 +345,14 @@ def make_agent(env, args, device):
     agent.critic_optimizer = Adam(agent.critic.parameters(), args.critic_lr, fused=True)
     agent.buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
     # NORM begin: obs: what stands between an observation and the networks
-    agent.obs_stat = RunningStat(obs_dim)  # of all states that training meets
-    agent.obs_filter = ZFilter(obs_dim, demean=False, destd=False, clip=None)  # the identity
+    agent.obs_stat = ZFilter(obs_dim)  # learns from all states that training meets
+    agent.obs_filter = nn.Identity()
     if "zfilter" in args.norm:
-        agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # by running statistics
+        agent.obs_filter = agent.obs_stat  # by running statistics
     if "fixed" in args.norm:
         agent.obs_filter = ZFilter(obs_dim)  # by --norm-stats
         if not args.resume:  # a checkpoint holds the statistics, too
-            agent.obs_filter.stat.load(args.norm_stats, env=args.env)
+            agent.obs_filter.load(args.norm_stats, env=args.env)
     agent.reward_scale = RewardScale(1, args.gamma)  # for --reward-norm
     # NORM end
     return agent
@@ -378,7 +378,7 @@ def train(args):
     obs, losses = None, {}
     cpu = torch.cpu.get_capabilities()
     if cpu.get("avx512_f") and not cpu.get("amx_tile"):
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN; still float32, as no AMX
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN; float32 if without AMX
     try:
         while run.step < args.total_steps:
             if obs is None:  # an episode begins

@@ -46,7 +46,7 @@ from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: running statistics
+from zfilter import RewardScale, ZFilter  # NORM obs: running statistics
 
 torch.distributions.Distribution.set_default_validate_args(False)  # NaN is for `checked` to find
 
@@ -108,7 +108,7 @@ class BatchRenorm(nn.BatchNorm1d):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with CrossQ's bounds and epsilon.
 
     y = weight (x_hat r + d) + bias, where x_hat is batch norm's. The constants r = std_B / std and
-    d = (mean_B - mean) / std, unless clipped, give the output of eval mode. rstd is 1 / std_B.
+    d = (mean_B - mean) / std (B: batch), unless clipped, give eval mode's output. rstd: 1 / std_B.
     """
 
     def __init__(self, features, momentum, warmup):
@@ -262,12 +262,11 @@ def update(agent, batch, rng, args):
             if args.entropy_coef:
                 loss = loss - args.entropy_coef * policy.entropy().mean()
             gradient_step(agent.optimizer, loss, args.max_grad_norm)
-            log_ratio = log_ratio.detach()
-            log_ratios.append(log_ratio)
+            log_ratios.append(log_ratio.detach())
             taken += 1
             # NORM begin: report: max |ratio - 1| before any step: 0 if acting had these statistics
             if taken == 1:
-                losses["norm/first_ratio"] = (log_ratio.exp() - 1).abs().max().clamp(max=1e6)
+                losses["norm/first_ratio"] = (log_ratios[0].exp() - 1).abs().max().clamp(max=1e6)
             # NORM end
         log_ratio = torch.cat(log_ratios)
         kl = (log_ratio.exp() - 1 - log_ratio).mean()  # Schulman's estimate
@@ -326,14 +325,14 @@ def make_agent(env, args, device):
     parameters = [*agent.actor.parameters(), *agent.critic.parameters()]
     agent.optimizer = Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
     # NORM begin: obs: what stands between an observation and the networks
-    agent.obs_stat = RunningStat(obs_dim)  # of all states that training meets
-    agent.obs_filter = ZFilter(obs_dim, demean=False, destd=False, clip=None)  # the identity
+    agent.obs_stat = ZFilter(obs_dim)  # learns from all states that training meets
+    agent.obs_filter = nn.Identity()
     if "zfilter" in args.norm:
-        agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # by running statistics
+        agent.obs_filter = agent.obs_stat  # by running statistics
     if "fixed" in args.norm:
         agent.obs_filter = ZFilter(obs_dim)  # by --norm-stats
         if not args.resume:  # a checkpoint holds the statistics, too
-            agent.obs_filter.stat.load(args.norm_stats, env=args.env)
+            agent.obs_filter.load(args.norm_stats, env=args.env)
     agent.reward_scale = RewardScale(args.num_envs, args.gamma)  # for --reward-norm
     # NORM end
     return agent
@@ -437,11 +436,6 @@ def evaluate(agent, envs, args):
     return {"eval/return": np.mean(returns), "eval/return_std": np.std(returns)}
 
 
-# NORM begin: report: what normalization does to a run, made visible
-SCALARS = ("norm/first_ratio",)
-
-
-# NORM end
 # ----------------------------------------------------------------- Environment and files of a run
 def checked(values):
     """Return values if all are finite; raise FloatingPointError, which ends the run as diverged."""
@@ -519,6 +513,7 @@ def check_options(args):
 
 FREE = "total_steps", "device", "eval_every", "eval_episodes"  # what a resumed run may change
 FREE += "save_every", "resume", "capture_video"
+SCALARS = ("norm/first_ratio",)  # NORM report: the charts of the panel
 
 
 def write(path, save):

@@ -49,7 +49,7 @@ from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: running statistics
+from zfilter import RewardScale, ZFilter  # NORM obs: running statistics
 
 torch.distributions.Distribution.set_default_validate_args(False)  # NaN is for `checked` to find
 
@@ -108,7 +108,7 @@ class BatchRenorm(nn.BatchNorm1d):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with CrossQ's bounds and epsilon.
 
     y = weight (x_hat r + d) + bias, where x_hat is batch norm's. The constants r = std_B / std and
-    d = (mean_B - mean) / std, unless clipped, give the output of eval mode. rstd is 1 / std_B.
+    d = (mean_B - mean) / std (B: batch), unless clipped, give eval mode's output. rstd: 1 / std_B.
     """
 
     def __init__(self, features, momentum, warmup):
@@ -314,14 +314,14 @@ def make_agent(env, args, device):
     agent.actor_optimizer = Adam(agent.actor.parameters(), args.actor_lr, eps=1e-5, fused=True)
     agent.critic_optimizer = Adam(agent.critic.parameters(), args.critic_lr, eps=1e-5, fused=True)
     # NORM begin: obs: what stands between an observation and the networks
-    agent.obs_stat = RunningStat(obs_shape)  # of all states that training meets
-    agent.obs_filter = ZFilter(obs_shape, demean=False, destd=False, clip=None)  # the identity
+    agent.obs_stat = ZFilter(obs_shape)  # learns from all states that training meets
+    agent.obs_filter = nn.Identity()
     if "zfilter" in args.norm:
-        agent.obs_filter = ZFilter(obs_shape, stat=agent.obs_stat)  # by running statistics
+        agent.obs_filter = agent.obs_stat  # by running statistics
     if "fixed" in args.norm:
         agent.obs_filter = ZFilter(obs_shape)  # by --norm-stats
         if not args.resume:  # a checkpoint holds the statistics, too
-            agent.obs_filter.stat.load(args.norm_stats, env=args.env)
+            agent.obs_filter.load(args.norm_stats, env=args.env)
     agent.reward_scale = RewardScale(args.num_envs, args.gamma)  # for --reward-norm
     # NORM end
     return agent

@@ -50,7 +50,7 @@ from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from zfilter import RewardScale, RunningStat, ZFilter  # NORM obs: running statistics
+from zfilter import RewardScale, ZFilter  # NORM obs: running statistics
 
 torch.distributions.Distribution.set_default_validate_args(False)  # NaN is for `checked` to find
 
@@ -114,7 +114,7 @@ class BatchRenorm(nn.BatchNorm1d):
     """Batch renormalization (Ioffe 2017, arXiv 1702.03275), with CrossQ's bounds and epsilon.
 
     y = weight (x_hat r + d) + bias, where x_hat is batch norm's. The constants r = std_B / std and
-    d = (mean_B - mean) / std, unless clipped, give the output of eval mode. rstd is 1 / std_B.
+    d = (mean_B - mean) / std (B: batch), unless clipped, give eval mode's output. rstd: 1 / std_B.
     """
 
     def __init__(self, features, momentum, warmup):
@@ -167,7 +167,7 @@ def project_weights(net):
     """With --weight-norm, give weights and bias of a hidden unit, as one vector, length 1 (XQC).
 
     If batch norm follows, even after a ReLU, only their direction matters, and the longer they are,
-    the less a gradient step turns them. At length 1 a step turns them as far as ever.
+    the less a gradient step turns them. At length 1 equal steps turn them equally.
     """
     for layer in net.modules():
         if getattr(layer, "has_unit_length", False):
@@ -246,7 +246,7 @@ def q_values(agent, batch, next_action, args):
         return q, q_next.detach()
     # NORM end
     with torch.no_grad():
-        agent.critic_target.train(args.bn_target == "train")  # NORM mode: whose statistics y uses
+        agent.critic_target.train(args.bn_target == "train")  # NORM mode: whose statistics it uses
         q_next = agent.critic_target(batch.next_obs, next_action)
     agent.critic.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
     return agent.critic(batch.obs, batch.action), q_next
@@ -266,7 +266,7 @@ def critic_loss(agent, batch, args):
 def actor_loss(agent, batch, args):
     """Return the mean of alpha log pi(a|s) - min Q(s, a), a ~ pi (Eq. 9), and log pi(a|s), (n,)."""
     agent.actor.train()  # NORM mode: learning uses the batch's statistics, and moves running ones
-    # NORM mode: train mode gives each feature the mean beta, its bias, whatever pi does. If such a
+    # NORM mode: in train mode each feature's mean is beta, learnt, whatever pi does. If such a
     # NORM mode: layer feeds the output (w, b), mean Q = w beta + b: what is left is -|Q1 - Q2| / 2.
     agent.critic.train(args.bn_policy_critic == "train")  # NORM mode: train is naive, eval repairs
     action, log_prob = agent.actor.sample(batch.obs)
@@ -293,7 +293,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
 def update_target(target, source, tau):
     """theta' <- (1 - tau) theta' + tau theta (Algorithm 1)."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-    for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: of layers
+    for old, new in zip(target.buffers(), source.buffers(), strict=True):  # NORM target: statistics
         old.copy_(new)  # NORM target: running statistics: copied, so newer than averaged weights
 
 
@@ -350,7 +350,7 @@ class ReplayBuffer:
 def sample_batch(agent, rng, args):
     """Return a Batch from the replay as the networks take it."""
     batch = agent.buffer.sample(rng, args.batch_size)
-    # NORM begin: obs: the replay stays raw, and is normalized by the statistics of now
+    # NORM begin: obs: the replay stays raw, and is normalized by current statistics
     obs, next_obs = (agent.obs_filter(x) for x in (batch.obs, batch.next_obs))
     batch = batch._replace(obs=obs, next_obs=next_obs)
     if args.reward_norm:
@@ -386,14 +386,14 @@ def make_agent(env, args, device):
     agent.alpha_optimizer = Adam(agent.temperature.parameters(), args.alpha_lr, fused=True)
     agent.buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
     # NORM begin: obs: what stands between an observation and the networks
-    agent.obs_stat = RunningStat(obs_dim)  # of all states that training meets
-    agent.obs_filter = ZFilter(obs_dim, demean=False, destd=False, clip=None)  # the identity
+    agent.obs_stat = ZFilter(obs_dim)  # learns from all states that training meets
+    agent.obs_filter = nn.Identity()
     if "zfilter" in args.norm:
-        agent.obs_filter = ZFilter(obs_dim, stat=agent.obs_stat)  # by running statistics
+        agent.obs_filter = agent.obs_stat  # by running statistics
     if "fixed" in args.norm:
         agent.obs_filter = ZFilter(obs_dim)  # by --norm-stats
         if not args.resume:  # a checkpoint holds the statistics, too
-            agent.obs_filter.stat.load(args.norm_stats, env=args.env)
+            agent.obs_filter.load(args.norm_stats, env=args.env)
     agent.reward_scale = RewardScale(1, args.gamma)  # for --reward-norm
     # NORM end
     return agent
@@ -419,7 +419,7 @@ def train(args):
     obs, losses = None, {}
     cpu = torch.cpu.get_capabilities()
     if cpu.get("avx512_f") and not cpu.get("amx_tile"):
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN; still float32, as no AMX
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # oneDNN; float32 if without AMX
     try:
         while run.step < args.total_steps:
             if obs is None:  # an episode begins
@@ -444,7 +444,7 @@ def train(args):
                 batch = sample_batch(agent, rng, args)
                 run.updates += 1
                 losses = update(agent, batch, run.updates, args)
-                # every 1000 steps, or when the actor moves next
+                # every 1000 steps, at the actor's next step
                 if run.step % 1000 < args.policy_delay and "losses/actor" in losses:
                     run.log(losses)
                     run.log(norm_scalars(agent, batch))  # NORM report: no effect on learning

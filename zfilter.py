@@ -32,14 +32,9 @@ class RunningStat:
         self.count = total
 
     @property
-    def var(self):
-        """Unbiased variance, (*shape); 1 until a second sample tells the scale."""
-        return self.m2 / (self.count - 1) if self.count > 1 else np.ones_like(self.mean)
-
-    @property
     def std(self):
-        """Standard deviation, (*shape)."""
-        return np.sqrt(self.var)
+        """Unbiased standard deviation, (*shape); 1 until a second sample tells the scale."""
+        return np.sqrt(self.m2 / (self.count - 1)) if self.count > 1 else np.ones_like(self.mean)
 
     def state_dict(self):
         """Everything that is learnt, as numbers and lists of them."""
@@ -73,35 +68,12 @@ class RunningStat:
             raise ValueError(f"{file} holds statistics of {' '.join(wrong) or 'too few samples'}")
 
 
-class ZFilter:
-    """Callable that returns z = clip((x - mean) / (std + 1e-8), -clip, clip).
-
-    shape: shape of one sample. demean, destd: switch off one half of the formula.
-    clip: bound on |z|, in standard deviations; None for no bound.
-    stat: the RunningStat to use; None for one of its own.
-    """
-
-    def __init__(self, shape, demean=True, destd=True, clip=10.0, stat=None):
-        self.stat = RunningStat(shape) if stat is None else stat
-        self.demean, self.destd, self.clip = demean, destd, clip
+class ZFilter(RunningStat):
+    """Normalize observations: z = clip((x - mean) / (std + 1e-8), -10, 10)."""
 
     def __call__(self, x):
-        """Return one sample or a batch normalized, same shape; only `stat.push` learns."""
-        if self.demean:
-            x = x - self.stat.mean
-        if self.destd:
-            x = x / (self.stat.std + 1e-8)
-        if self.clip is not None:
-            x = np.clip(x, -self.clip, self.clip)
-        return x
-
-    def state_dict(self):
-        """The statistics; the switches are the caller's."""
-        return self.stat.state_dict()
-
-    def load_state_dict(self, state):
-        """Restore `state_dict()`."""
-        self.stat.load_state_dict(state)
+        """Return one sample or a batch normalized, same shape; only `push` learns."""
+        return np.clip((x - self.mean) / (self.std + 1e-8), -10, 10)
 
 
 class RewardScale(RunningStat):

@@ -107,7 +107,7 @@ def replay_is_not_raw(script, folder):
 def restored_policy_differs(script, folder):
     result, _ = run(script, folder, env="Countdown-v0", norm="zfilter", total_steps=200)
     seen, nothing = [], {"eval/return": 0, "eval/return_std": 0}
-    script.evaluate = lambda agent, *_: seen.append(agent.obs_filter.stat.count) or nothing
+    script.evaluate = lambda agent, *_: seen.append(agent.obs_filter.count) or nothing
     script.train(script.saved_args(result["run_dir"]))  # which has only this left to do
     return seen == [0]
 

@@ -133,7 +133,7 @@ def test_fixed_filter_uses_the_file_and_never_learns(script, small, agents):
     result = script.train(second)
     with np.load(file) as stats, np.load(f"{second.run_dir}/obs_stats.npz") as own:
         assert not np.allclose(own["mean"], stats["mean"])  # of this run's states
-        np.testing.assert_array_equal(agents[-1].obs_filter.stat.mean, stats["mean"])
+        np.testing.assert_array_equal(agents[-1].obs_filter.mean, stats["mean"])
         z = agents[-1].obs_filter(stats["mean"] + 3 * stats["std"])
         np.testing.assert_allclose(z, 3, rtol=1e-6)
     foreign = small(script, norm="fixed", norm_stats=file, env="Countdown-v0")
@@ -166,7 +166,7 @@ def test_every_kind_of_run_learns_something(script, small, options, agents):
     for name in ("actor", "critic"):
         pairs = zip(*(getattr(x, name).named_parameters() for x in (start, end)), strict=True)
         assert all(not torch.equal(p, q) for (_, p), (_, q) in pairs)
-    assert ("zfilter" in args.norm) == (end.obs_filter.stat is end.obs_stat)
+    assert ("zfilter" in args.norm) == (end.obs_filter is end.obs_stat)
     expected = {"losses/critic", "losses/actor", "losses/q", "eval/return", "eval/return_std"}
     expected |= {"charts/episodic_return", "norm/actor_grad", "norm/saturation"}
     found = all_scalars(args.run_dir)
