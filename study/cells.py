@@ -105,8 +105,7 @@ def load(file=CLAIMS):
     for family, changes in data["family"].items():
         about = data.get("default", {}) | changes
         prefix = about.get("prefix", family)
-        script = about.get("script", f"{family.split('-')[0]}_bn").replace("/", ".")
-        script = script.removesuffix(".py")
+        script = about.get("script", f"{family.split('-')[0]}_bn")
         envs, seeds = tuple(about["envs"]), tuple(range(1, about["seeds"] + 1))
         for name, options in about.get("cells", {"": ""}).items():
             cell = "-".join(filter(None, (prefix, name)))
@@ -150,11 +149,7 @@ def saved_options(about, script):
     script: name of the module. Those that the script has no longer are left out.
     """
     default = plain(importlib.import_module(script).Args())
-    saved = {name: value for name, value in about["args"].items() if name in default}
-    if isinstance(saved.get("norm"), str):  # as it was before layers and filters were combined
-        position = saved.get("norm_position") or default["norm_position"]
-        saved |= {"norm": [saved["norm"]], "norm_position": position}
-    return default | saved
+    return default | {name: value for name, value in about["args"].items() if name in default}
 
 
 def fits(about, run):

@@ -50,12 +50,6 @@ class Args:
     runs: Path = cells.RUNS  # folders of the runs
 
 
-def fail(message):
-    """End with exit code 2 and one line that says what to do."""
-    print(f"study.run: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 # --------------------------------------------------------------------------- What a machine does
 
 
@@ -233,7 +227,7 @@ def choose(args):
     try:
         claims, known = cells.load(args.file)
     except (OSError, ValueError, KeyError) as error:
-        fail(f"--file {args.file} holds no claims and cells ({error!r})")
+        sys.exit(f"--file {args.file} holds no claims and cells ({error!r})")
     chosen = []
     for name in args.names or known:
         if name in claims:
@@ -241,7 +235,7 @@ def choose(args):
         elif name in known:
             chosen.append(known[name])
         else:
-            fail(f"{name} is no claim ({', '.join(claims)}) and no cell of {args.file}")
+            sys.exit(f"{name} is no claim ({', '.join(claims)}) and no cell of {args.file}")
     # family by family as in the file, seed by seed, so that comparisons fill evenly
     order = list(dict.fromkeys(cell.family for cell in known.values()))
     every = [run for cell in chosen for run in cell.runs()]
@@ -252,7 +246,7 @@ def choose(args):
 
 def main(args):
     if args.cpus is not None and args.cpus < 1:
-        fail(f"--cpus {args.cpus} makes no runs: use 1 or more")
+        sys.exit(f"--cpus {args.cpus} makes no runs: use 1 or more")
     todo, known = choose(args)
     if args.dry_run:
         for run in todo:
@@ -265,14 +259,14 @@ def main(args):
     try:
         import ray
     except ImportError:
-        fail("Ray is not installed: pip install -r study/requirements.txt")
+        sys.exit("Ray is not installed: pip install -r study/requirements.txt")
     options = {"log_to_driver": False, "logging_level": "error"}
     if args.address:
         try:
             host, port = args.address.rsplit(":", 1)
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray waits for minutes
         except (OSError, ValueError) as error:
-            fail(f"--address {args.address}: give HOST:PORT of a cluster that runs ({error})")
+            sys.exit(f"--address {args.address}: give HOST:PORT of a cluster that runs ({error})")
         ray.init(args.address, **options)
     else:
         ray.init("local", num_cpus=args.cpus, include_dashboard=False, **options)
@@ -313,7 +307,7 @@ def main(args):
             screen.draw(ray.get(board.look.remote()))
     except ray.exceptions.RayError as error:
         stop(ray, waiting)
-        fail(getattr(error, "cause", error))
+        sys.exit(str(getattr(error, "cause", error)))
     except KeyboardInterrupt:
         print("stopping; the same command goes on from the checkpoints", flush=True)
         stop(ray, waiting)

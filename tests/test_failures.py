@@ -1,30 +1,21 @@
 """Each known mistake shows its symptom, and the script as it is does not."""
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
+import types
 
 import pytest
 
 from tests.failures import FAILURES, ROOT, broken
 
 
-def module_of(source, name, folder):
-    """Import source as a module of this name."""
-    path = Path(folder) / f"{name}.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.shows.__name__)
 def test_a_mistake_shows_its_symptom(failure, tmp_path, monkeypatch):
     whole = (ROOT / f"{failure.script}.py").read_text()
     for name, source, expected in (("whole", whole, False), ("broken", broken(failure), True)):
-        module = module_of(source, name, tmp_path)
+        module = types.ModuleType(name)
+        module.__file__ = f"{name}.py"
+        exec(source, vars(module))
         monkeypatch.setitem(sys.modules, name, module)  # for its dataclass
         assert failure.shows(module, tmp_path) == expected
 

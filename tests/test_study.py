@@ -18,7 +18,7 @@ from study import cells, collect
 SLOW = pytest.mark.slow
 CLAIMS = """
 [family.tiny]
-script = "reinforce_bn.py"
+script = "reinforce_bn"
 envs = ["CartPole-v1"]
 steps = 1_500
 seeds = 1
