@@ -24,7 +24,7 @@ DIFFER["ddpg_bn", "sac_bn"] = ALGORITHM | {"critic_loss", "actor_loss", "q_error
 # Lines, kilobytes, lines stripped, where train ends, lines of its longest loop: these only fall.
 LIMITS = {
     "reinforce_bn": (675, 35.8, 505, 406, 50),
-    "ppo_bn": (653, 34.3, 515, 418, 50),
+    "ppo_bn": (648, 34.2, 515, 418, 50),
     "ddpg_bn": (706, 37.1, 486, 426, 50),
     "sac_bn": (751, 40, 517, 467, 50),
 }
